@@ -1,0 +1,1 @@
+"""latentedge.benchmarks: measured ratios, never asserted seconds."""

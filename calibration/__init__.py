@@ -1,0 +1,1 @@
+"""latentedge.calibration: INT8 by measured trajectories. No torch."""

@@ -1,0 +1,1 @@
+"""Torch definitions of the latent diffusion family, keyed as CompVis checkpoints are."""

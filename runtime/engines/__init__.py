@@ -1,0 +1,66 @@
+"""Engine libraries by name. A new backend is one module here and one line in :data:`BACKENDS`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from latentedge.runtime.bundle import Bundle, Component, Variant
+from latentedge.runtime.engines.base import Engine, EngineOptions
+from latentedge.runtime.errors import MissingDependencyError, UsageError
+
+__all__ = ["BACKENDS", "Backend", "Engine", "EngineOptions", "open_engine"]
+
+#: ``open(bundle, component, precision, options)`` of a backend's module.
+Opener = Callable[[Bundle, Component, str, EngineOptions], Engine]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An engine library: the module that drives it, the import that it needs, and the extra that brings it."""
+
+    module: str
+    requires: str
+    extra: str
+
+    def installed(self) -> bool:
+        """Whether the library can be found, without importing it."""
+        return importlib.util.find_spec(self.requires) is not None
+
+
+BACKENDS: dict[str, Backend] = {
+    "onnxruntime": Backend("latentedge.runtime.engines.onnxruntime", "onnxruntime", "cpu"),
+    "openvino": Backend("latentedge.runtime.engines.openvino", "openvino", "openvino"),
+    "tensorrt": Backend("latentedge.runtime.engines.tensorrt", "tensorrt", "gpu"),
+    "tensorrt-rtx": Backend("latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx"),
+}
+
+
+def backend(name: str) -> Backend:
+    """The backend ``name``, whose library is installed; an error says what to install otherwise."""
+    if name not in BACKENDS:
+        raise UsageError(f"there is no backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}.")
+    found = BACKENDS[name]
+    if not found.installed():
+        raise MissingDependencyError(
+            f"the backend {name} needs the Python package {found.requires}, which is not installed.",
+            hint=f"pip install 'latentedge[{found.extra}]'",
+        )
+    return found
+
+
+def open_engine(bundle: Bundle, component: str, name: str, precision: str, options: EngineOptions) -> Engine:
+    """Load one component of a bundle with the backend ``name`` in ``precision``; never another one."""
+    module = importlib.import_module(backend(name).module)
+    opener = cast("Opener", module.open_engine)
+    spec = bundle.component(component)
+    return opener(bundle, spec, precision, options)
+
+
+def variant_file(bundle: Bundle, component: Component, precision: str) -> tuple[Path, Variant]:
+    """Graph file and record of a component's precision."""
+    return bundle.variant(component.name, precision)

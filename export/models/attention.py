@@ -65,7 +65,8 @@ class AttentionBlock(nn.Module):
             query, key, value = qkv.split(head_width, dim=2)
         attended = attend(query.transpose(-1, -2), key.transpose(-1, -2), value.transpose(-1, -2))
         attended = attended.transpose(-1, -2).reshape(batch, channels, height * width)
-        return x + self.proj_out(attended).reshape(batch, channels, height, width)
+        result: Tensor = x + self.proj_out(attended).reshape(batch, channels, height, width)
+        return result
 
 
 class CrossAttention(nn.Module):
@@ -103,7 +104,8 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to [..., inner]."""
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * functional.gelu(gate)
+        result: Tensor = value * functional.gelu(gate)
+        return result
 
 
 class FeedForward(nn.Module):
@@ -183,4 +185,5 @@ class SpatialTransformer(nn.Module):
         hidden = tokens.transpose(1, 2).reshape(batch, -1, height, width)
         if not self.linear:
             hidden = self.proj_out(hidden)
-        return x + hidden
+        result: Tensor = x + hidden
+        return result

@@ -96,7 +96,7 @@ class Upsample(nn.Module):
 class _Level(nn.Module):
     """One resolution: residual blocks, each followed by attention where the configuration asks for it."""
 
-    def __init__(self, in_channels: int, channels: int, blocks: int, dropout: float, attention: bool | None) -> None:
+    def __init__(self, in_channels: int, channels: int, blocks: int, dropout: float, attention: bool) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(in_channels if index == 0 else channels, channels, dropout) for index in range(blocks)
@@ -112,9 +112,18 @@ class _Level(nn.Module):
 
 
 class _DownLevel(_Level):
-    def __init__(self, *args: Any, downsample: bool, with_convolution: bool) -> None:
-        super().__init__(*args)
-        channels = self.block[-1].conv2.out_channels
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        dropout: float,
+        attention: bool,
+        *,
+        downsample: bool,
+        with_convolution: bool,
+    ) -> None:
+        super().__init__(in_channels, channels, blocks, dropout, attention)
         self.downsample = Downsample(channels, with_convolution) if downsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,9 +132,18 @@ class _DownLevel(_Level):
 
 
 class _UpLevel(_Level):
-    def __init__(self, *args: Any, upsample: bool, with_convolution: bool) -> None:
-        super().__init__(*args)
-        channels = self.block[-1].conv2.out_channels
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        dropout: float,
+        attention: bool,
+        *,
+        upsample: bool,
+        with_convolution: bool,
+    ) -> None:
+        super().__init__(in_channels, channels, blocks, dropout, attention)
         self.upsample = Upsample(channels, with_convolution) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

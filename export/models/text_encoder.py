@@ -6,7 +6,8 @@ tokens are attended to. Facts: ``ldm/modules/x_transformer.py`` of CompVis/laten
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from latentedge.export.models.attention import attend, merge_heads, split_heads
@@ -134,7 +135,7 @@ class TransformerEmbedder(BERTEmbedder):
     """The same transformer for tokens that are not words."""
 
     def __init__(
-        self, *, n_embed: int, n_layer: int, vocab_size: int, max_seq_len: int = 77, **training_only: object
+        self, *, n_embed: int, n_layer: int, vocab_size: int, max_seq_len: int = 77, **training_only: Any
     ) -> None:
         super().__init__(
             n_embed=n_embed,
@@ -144,8 +145,3 @@ class TransformerEmbedder(BERTEmbedder):
             use_tokenizer=False,
             **training_only,
         )
-
-
-def without_logits(module: nn.Module) -> list[torch.nn.Parameter]:
-    """Parameters of a text encoder that its output depends on: all but ``to_logits``."""
-    return [parameter for name, parameter in module.named_parameters() if ".to_logits." not in f".{name}"]

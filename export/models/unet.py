@@ -78,11 +78,9 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.resample: nn.Module = {
-            None: nn.Identity,
-            "down": lambda: nn.AvgPool2d(2),
-            "up": lambda: Upsample(in_channels, with_convolution=False),
-        }[resample]()
+        self.resample: nn.Module = nn.Identity()
+        if resample is not None:
+            self.resample = nn.AvgPool2d(2) if resample == "down" else Upsample(in_channels, with_convolution=False)
         self.in_layers = nn.Sequential(
             _norm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
@@ -112,7 +110,7 @@ class ResBlock(nn.Module):
         return result
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Modules in a row, each given what it takes: the time embedding, the context, or neither."""
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
@@ -185,20 +183,20 @@ class _Builder:
 
     def input_blocks(self, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
         """The way down, and the channels of each of its outputs."""
-        stages = nn.ModuleList([Stage(nn.Conv2d(in_channels, self.model_channels, 3, padding=1))])
+        stages = nn.ModuleList([Stage([nn.Conv2d(in_channels, self.model_channels, 3, padding=1)])])
         widths = [self.model_channels]
         for level, multiple in enumerate(self.channel_mult):
             for _ in range(self.blocks[level]):
-                stages.append(Stage(*self.block(widths[-1], level)))
+                stages.append(Stage(self.block(widths[-1], level)))
                 widths.append(multiple * self.model_channels)
             if level < len(self.channel_mult) - 1:
-                stages.append(Stage(self.down(widths[-1])))
+                stages.append(Stage([self.down(widths[-1])]))
                 widths.append(widths[-1])
         return stages, widths
 
     def middle_block(self, channels: int) -> Stage:
         attention = self.attention.build(channels, len(self.channel_mult) - 1)
-        return Stage(self.residual(channels, channels), attention, self.residual(channels, channels))
+        return Stage([self.residual(channels, channels), attention, self.residual(channels, channels)])
 
     def output_blocks(self, widths: list[int]) -> nn.ModuleList:
         """The way up: each stage takes its predecessor's output and one of the way down's, last first."""
@@ -211,7 +209,7 @@ class _Builder:
                 channels = self.channel_mult[level] * self.model_channels
                 if level > 0 and index == self.blocks[level]:
                     modules.append(self.up(channels))
-                stages.append(Stage(*modules))
+                stages.append(Stage(modules))
         return stages
 
 

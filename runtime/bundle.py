@@ -48,11 +48,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Axis:
-    """Allowed lengths of a dynamic axis; ``opt`` is the one that engines are tuned for."""
+    """Allowed lengths of a dynamic axis; ``opt`` is the one that engines are tuned for.
+
+    A length must be a multiple of ``multiple`` (a UNet that halves its latent three times takes multiples of 8).
+    """
 
     min: int
     opt: int
     max: int
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,10 @@ class ConcatInput:
     posterior: str = "mode"
     #: Values of (keep, paint) in a mask.
     mask_values: tuple[float, float] = (0.0, 1.0)
+    #: What a masked picture holds where it is to be painted, in the encoder's range (CompVis: black, diffusers: grey, 0).
+    hole: float = -1.0
+    #: What stands in the hole of a masked picture, in -1..1: black (-1) in CompVis's models, grey (0) in diffusers'.
+    hole_value: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,8 @@ class Conditioning:
     time_ids: int | None = None
     #: Width of the guidance embedding ``timestep_cond`` (latent consistency models).
     guidance_embedding: int | None = None
+    #: ``True``: every scale but 1 is guided. ``False``: only scales above 1 are, the others leave guidance off.
+    guidance_below_one: bool = True
     #: Instruct-pix2pix: guidance on text and on the picture, three evaluations in one batch.
     image_guidance: bool = False
     #: Factor from the low-resolution picture to the result.
@@ -203,6 +213,9 @@ class Defaults:
     steps: int = 50
     guidance_scale: float = 1.0
     eta: float = 0.0
+    #: How far a starting picture is noised, 0 to 1.
+    strength: float = 0.75
+    image_guidance_scale: float = 1.5
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""OpenVINO on CPU and Intel GPU. Shapes are fixed at ``bind``, which its kernels are faster for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec
+from latentedge.runtime.engines.base import Engine, EngineOptions
+from latentedge.runtime.errors import EngineError, UsageError
+from latentedge.runtime.machine import usable_cores
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision: the graph that holds it, the type that floats are computed in, and what the device must offer."""
+
+    graph: str
+    floats: str
+    needs: tuple[str, ...]
+
+
+#: OpenVINO computes a graph's floats in the type that it is told, whatever type the weights are stored in.
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision("fp32", "f32", ("FP32",)),
+    "bf16": Precision("fp32", "bf16", ("BF16",)),
+    "fp16": Precision("fp16", "f16", ("FP16",)),
+    "int8": Precision("int8", "f32", ("INT8",)),
+    "int8+bf16": Precision("int8", "bf16", ("INT8", "BF16")),
+    "int8+fp16": Precision("int8", "f16", ("INT8", "FP16")),
+}
+
+
+def open_engine(bundle: Bundle, component: Component, precision: str, options: EngineOptions) -> OpenVINOEngine:
+    """Load a component; raises where the device or the precision is not there on this machine."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"openvino has no precision {precision!r}; choose one of: {', '.join(PRECISIONS)}.")
+    path, variant = bundle.variant(component.name, PRECISIONS[precision].graph)
+    return OpenVINOEngine(component, precision, path, options, variant.sha256)
+
+
+def device_name(asked: str | None, available: list[str]) -> str:
+    """OpenVINO's name for the asked device ("cpu", "gpu", "gpu:1"); :class:`EngineError` where it is not there."""
+    name = (asked or "cpu").upper().replace(":", ".")
+    name = "GPU" if name == "GPU.0" and "GPU" in available else name
+    if name not in available and not (name == "GPU" and "GPU.0" in available):
+        raise EngineError(
+            f"openvino has no device {asked!r} on this machine; it has: {', '.join(available).lower()}.",
+            hint="Intel GPUs need the compute runtime of your distribution (intel-opencl-icd)",
+        )
+    return name
+
+
+class OpenVINOEngine(Engine):
+    """One component compiled for the bound axes; bound inputs are read in place, outputs are copied out."""
+
+    backend = "openvino"
+
+    def __init__(
+        self, component: Component, precision: str, path: Path, options: EngineOptions, digest: str | None = None
+    ) -> None:
+        super().__init__(component, precision)
+        import openvino
+
+        self._openvino = openvino
+        self._core = openvino.Core()
+        self._path = path
+        self._device = device_name(options.device, list(self._core.available_devices))
+        self._floats = PRECISIONS[precision].floats
+        offered = list(self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES"))
+        absent = [name for name in PRECISIONS[precision].needs if name not in offered]
+        if absent:
+            raise EngineError(
+                f"{self._device.lower()} does not compute in {precision} with openvino: it lacks {', '.join(absent)}, "
+                f"and offers {', '.join(sorted(offered))}.",
+                hint="choose --precision auto, or fp32",
+            )
+        self._properties = self._configure(options)
+        self._cache: Path | None = None
+        if options.cache is not None and digest is not None:
+            self._cache = options.cache / f"openvino-{version('openvino')}-{digest[:16]}"
+        self._buffers: dict[str, Array] = {}
+        self._request: Any = None
+
+    def _configure(self, options: EngineOptions) -> dict[str, Any]:
+        properties: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": self._floats,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if self._device == "CPU":
+            properties["INFERENCE_NUM_THREADS"] = options.threads or usable_cores()
+        return {**properties, **options.extra}
+
+    def _bind(self) -> None:
+        self._request = None
+        shapes = {spec.name: spec.resolve(self.axes) for spec in self.component.inputs}
+        try:
+            model = self._core.read_model(self._path)
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+            compiled = self._core.compile_model(model, self._device, self._compile_properties())
+        except RuntimeError as error:
+            raise EngineError(f"openvino refused {self._path.name} of {self.component.name}: {error}") from error
+        floats = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if floats != self._floats:
+            raise EngineError(
+                f"openvino computes {self.component.name} in {floats}, asked for was {self._floats} ({self.precision})."
+            )
+        self._request = compiled.create_infer_request()
+        self._buffers = {}
+        for spec in self.component.inputs:
+            self._buffers[spec.name] = np.zeros(shapes[spec.name], np.dtype(spec.dtype))
+            tensor = self._openvino.Tensor(self._buffers[spec.name], shared_memory=True)
+            self._request.set_tensor(spec.name, tensor)
+
+    def _compile_properties(self) -> dict[str, Any]:
+        if self._cache is None:
+            return self._properties
+        # OpenVINO's own key does not tell two weight files of the same graph apart, so the folder does.
+        self._cache.mkdir(parents=True, exist_ok=True)
+        return {**self._properties, "CACHE_DIR": str(self._cache)}
+
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        np.copyto(self._buffers[spec.name], array)
+
+    def _run(self) -> None:
+        try:
+            self._request.start_async()
+            self._request.wait()
+        except RuntimeError as error:
+            raise EngineError(f"openvino failed in {self.component.name}: {error}") from error
+
+    def _read(self, spec: TensorSpec) -> Array:
+        array = np.array(self._request.get_tensor(spec.name).data, dtype=np.dtype(spec.dtype))
+        expected = spec.resolve(self.axes)
+        if array.shape != expected:
+            raise EngineError(
+                f"{self.component.name} output {spec.name}: declared {list(expected)}, computed {list(array.shape)}."
+            )
+        return array
+
+    def _close(self) -> None:
+        self._request = None
+        self._buffers.clear()

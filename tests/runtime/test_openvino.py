@@ -1,0 +1,154 @@
+"""The OpenVINO engine on a small convolution whose result numpy can compute."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentedge.runtime.bundle import (
+    Array,
+    Axis,
+    Bundle,
+    Component,
+    Conditioning,
+    Defaults,
+    Latent,
+    Manifest,
+    Source,
+    TensorSpec,
+    Variant,
+)
+from latentedge.runtime.engines.base import EngineOptions
+from latentedge.runtime.errors import EngineError, UsageError
+
+onnx = pytest.importorskip("onnx")
+openvino = pytest.importorskip("openvino")
+
+from latentedge.runtime.engines.openvino import device_name, open_engine  # noqa: E402
+
+WEIGHT = np.random.default_rng(5).standard_normal((48, 32)).astype(np.float32)
+OPTIONS = EngineOptions(threads=1)
+
+
+def write_graph(path: Path, weight: Array) -> None:
+    """``y = x @ weight`` with x [batch, 48]."""
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "matmul",
+        [helper.make_tensor_value_info("x", 1, ["batch", 48])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 32])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def make_bundle(folder: Path, weight: Array = WEIGHT) -> tuple[Bundle, Component]:
+    path = folder / "net" / "model.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_graph(path, weight)
+    variant = Variant("net/model.onnx", hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    component = Component(
+        "net",
+        (TensorSpec("x", "float32", ("batch", 48)),),
+        (TensorSpec("y", "float32", ("batch", 32)),),
+        {"batch": Axis(1, 2, 8)},
+        {"fp32": variant},
+    )
+    manifest = Manifest(
+        "test", "test", Source("onnx", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(64, 64), {"net": component}
+    )
+    return Bundle(folder, manifest), component
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fp32_equals_numpy(tmp_path: Path, batch: int) -> None:
+    bundle, component = make_bundle(tmp_path)
+    x = np.random.default_rng(1).standard_normal((batch, 48)).astype(np.float32)
+    with open_engine(bundle, component, "fp32", OPTIONS) as engine:
+        y = engine.run({"x": x})["y"]
+    np.testing.assert_allclose(y, x @ WEIGHT, rtol=0, atol=1e-5 * float(np.abs(x @ WEIGHT).max()))
+
+
+def test_outputs_are_copies_and_inputs_stay_written(tmp_path: Path) -> None:
+    bundle, component = make_bundle(tmp_path)
+    x = np.ones((2, 48), np.float32)
+    with open_engine(bundle, component, "fp32", OPTIONS) as engine:
+        engine.bind(batch=2)
+        engine.write("x", x)
+        engine.run()
+        first = engine.read("y")
+        kept = first.copy()
+        engine.run()
+        np.testing.assert_array_equal(engine.read("y"), kept)
+        engine.write("x", -x)
+        engine.run()
+        np.testing.assert_array_equal(first, kept)
+        np.testing.assert_allclose(engine.read("y"), -kept, rtol=0, atol=1e-5)
+
+
+def test_bf16_is_bf16_or_an_error(tmp_path: Path) -> None:
+    bundle, component = make_bundle(tmp_path)
+    x = np.random.default_rng(2).standard_normal((2, 48)).astype(np.float32)
+    exact = x @ WEIGHT
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(EngineError, match="lacks BF16"):
+            open_engine(bundle, component, "bf16", OPTIONS)
+        return
+    with open_engine(bundle, component, "bf16", OPTIONS) as engine:
+        error = np.abs(engine.run({"x": x})["y"] - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 2e-2  # eight bits of mantissa: not fp32 under another name, and not worse than bf16
+
+
+def test_fp16_is_never_bf16_under_another_name(tmp_path: Path) -> None:
+    bundle, component = make_bundle(tmp_path)
+    variants = {**component.variants, "fp16": component.variants["fp32"]}
+    component.variants.update(variants)
+    if "FP16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor computes in fp16")
+    with pytest.raises(EngineError, match="lacks FP16"):
+        open_engine(bundle, component, "fp16", OPTIONS)
+
+
+def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    bundle, component = make_bundle(tmp_path)
+    with pytest.raises(EngineError, match="no device 'gpu:7'"):
+        open_engine(bundle, component, "fp32", EngineOptions(device="gpu:7"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "available", "found"),
+    [(None, ["CPU"], "CPU"), ("gpu", ["CPU", "GPU.0", "GPU.1"], "GPU"), ("gpu:1", ["CPU", "GPU.0", "GPU.1"], "GPU.1")],
+)
+def test_device_names(asked: str | None, available: list[str], found: str) -> None:
+    assert device_name(asked, available) == found
+
+
+def test_an_unknown_precision_lists_the_known_ones(tmp_path: Path) -> None:
+    bundle, component = make_bundle(tmp_path)
+    with pytest.raises(UsageError, match="int8"):
+        open_engine(bundle, component, "fp8", OPTIONS)
+    with pytest.raises(UsageError, match="not in this bundle in int8"):
+        open_engine(bundle, component, "int8", OPTIONS)
+
+
+def test_the_cache_tells_two_weight_files_apart(tmp_path: Path) -> None:
+    options = EngineOptions(threads=1, cache=tmp_path / "cache")
+    x = np.ones((2, 48), np.float32)
+    for weight in (WEIGHT, 2 * WEIGHT, WEIGHT):
+        bundle, component = make_bundle(tmp_path / "bundle", weight)
+        with open_engine(bundle, component, "fp32", options) as engine:
+            np.testing.assert_allclose(engine.run({"x": x})["y"], x @ weight, rtol=0, atol=1e-4)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert list((tmp_path / "cache").rglob("*.blob"))
+
+
+def test_a_damaged_graph_is_an_error(tmp_path: Path) -> None:
+    bundle, component = make_bundle(tmp_path)
+    path = tmp_path / "net" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:100])
+    with open_engine(bundle, component, "fp32", OPTIONS) as engine, pytest.raises(EngineError, match="refused"):
+        engine.bind(batch=1)

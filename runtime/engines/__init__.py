@@ -29,7 +29,8 @@ class Backend:
 
     def installed(self) -> bool:
         """Whether the library can be found, without importing it."""
-        return importlib.util.find_spec(self.requires) is not None
+        spec = importlib.util.find_spec(self.requires)
+        return spec is not None and spec.loader is not None
 
 
 BACKENDS: dict[str, Backend] = {

@@ -46,7 +46,10 @@ class Engine(ABC):
         self.component = component
         self.precision = precision
         self.axes: dict[str, int] = {}
+        #: Whoever relies on its inputs staying written; cleared when the buffers are bound anew.
+        self.writer: object | None = None
         self._written: set[str] = set()
+        self._bound = False
         self._closed = False
 
     def bind(self, **axes: int) -> None:
@@ -54,17 +57,17 @@ class Engine(ABC):
         self._check_open()
         if set(axes) != set(self.component.axes):
             raise UsageError(f"{self.component.name} has the axes {sorted(self.component.axes)}, found {sorted(axes)}.")
-        wrong = {name: length for name, length in axes.items() if length < 1}
-        if wrong:
-            raise UsageError(f"{self.component.name}: axis lengths must be at least 1, found {wrong}.")
+        for name, length in axes.items():
+            multiple = self.component.axes[name].multiple
+            if length < 1 or length % multiple:
+                raise UsageError(f"{self.component.name}: {name} must be a positive multiple of {multiple}, found {length}.")
         if axes == self.axes and self._bound:
             return
         self.axes = dict(axes)
         self._written.clear()
+        self.writer = None
         self._bind()
         self._bound = True
-
-    _bound = False
 
     def write(self, name: str, array: Array) -> None:
         """Copy an input. Dtype and shape must be exactly what the component declares for the bound axes."""
@@ -89,6 +92,7 @@ class Engine(ABC):
         """Compute. With ``inputs``: bind from their shapes, write them all, run, and return every output."""
         self._check_open()
         if inputs is not None:
+            self.writer = None
             self.bind(**self.component.axes_of(inputs))
             for name, array in inputs.items():
                 self.write(name, array)

@@ -1,0 +1,130 @@
+"""Pictures to latents and back, whole or in blended tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+from latentedge.runtime.bundle import Array, Latent
+from latentedge.runtime.engines.base import Engine
+from latentedge.runtime.errors import UsageError
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class Draws(Protocol):
+    """A source of N(0, 1) draws."""
+
+    def normal(self, shape: tuple[int, ...]) -> Array:
+        """Float32 draws of ``shape``."""
+
+
+def decode(engine: Engine, latent: Latent, latents: Array, tile: int | None = None) -> Array:
+    """Pictures, float32 ``[N, H, W, 3]`` in 0..1 (not clipped), from latents ``[N, C, h, w]`` in the model's scale.
+
+    ``tile`` is the side of a tile in latent pixels; tiles overlap by a quarter and are blended linearly.
+    """
+    z = (latents / np.float32(latent.scale_factor) + np.float32(latent.shift_factor)).astype(np.float32)
+    run = _runner(engine, "latent_sample", "sample")
+    scale = latent.downscale
+    decoded = run(z) if tile is None or max(z.shape[2:]) <= tile else tiled(run, z, tile, tile // 4, scale)
+    low, high = latent.image_range
+    pictures = (decoded - np.float32(low)) / np.float32(high - low)
+    return np.ascontiguousarray(pictures.transpose(0, 2, 3, 1))
+
+
+def encode(
+    engine: Engine,
+    latent: Latent,
+    pictures: Array,
+    draws: Draws | None = None,
+    *,
+    scaled: bool = True,
+    tile: int | None = None,
+) -> Array:
+    """Latents, float32 ``[N, C, h, w]``, from pictures ``[N, H, W, 3]`` in 0..1.
+
+    KL encoders give the distribution's mode, or a sample of it when ``draws`` are given. ``scaled`` latents are in
+    the model's scale, others as the encoder gives them. ``tile``: side of a tile in latent pixels.
+    """
+    height, width = pictures.shape[1:3]
+    if height % latent.downscale or width % latent.downscale:
+        raise UsageError(
+            f"the encoder takes pictures whose sides are multiples of {latent.downscale}, found {width}x{height}."
+        )
+    low, high = latent.image_range
+    sample = (pictures.transpose(0, 3, 1, 2) * np.float32(high - low) + np.float32(low)).astype(np.float32)
+    output = "latent_parameters" if latent.encoding == "kl" else "latent_sample"
+    run = _runner(engine, "sample", output)
+    if tile is None or max(height, width) <= tile * latent.downscale:
+        encoded = run(np.ascontiguousarray(sample))
+    else:
+        side = tile * latent.downscale
+        encoded = tiled(run, sample, side, side // 4, 1 / latent.downscale)
+    z = sample_posterior(encoded, draws) if latent.encoding == "kl" else encoded
+    if not scaled:
+        return z
+    return ((z - np.float32(latent.shift_factor)) * np.float32(latent.scale_factor)).astype(np.float32)
+
+
+def sample_posterior(moments: Array, draws: Draws | None) -> Array:
+    """Mean of a diagonal Gaussian ``[N, 2C, h, w]`` (mean first, then log variance), or mean + std * draw."""
+    mean, logvar = np.split(moments, 2, axis=1)
+    if draws is None:
+        return np.ascontiguousarray(mean)
+    std = np.exp(np.float32(0.5) * np.clip(logvar, *LOGVAR_RANGE))
+    return np.asarray(mean + std * draws.normal(mean.shape), np.float32)
+
+
+def tiled(run: Callable[[Array], Array], whole: Array, side: int, overlap: int, scale: float) -> Array:
+    """Apply ``run`` to overlapping square tiles of ``whole`` ``[N, C, H, W]`` and blend the results.
+
+    ``scale`` is the ratio of output to input side. Each output pixel is a convex combination of the tiles that
+    cover it, with weights that fall linearly to the tile's inner edges, so borders and corners are always covered.
+    """
+    height, width = whole.shape[2:]
+    total: Array | None = None
+    weights = np.zeros((round(height * scale), round(width * scale)), np.float32)
+    for top, bottom in spans(height, side, overlap):
+        for left, right in spans(width, side, overlap):
+            piece = run(np.ascontiguousarray(whole[:, :, top:bottom, left:right]))
+            if total is None:
+                total = np.zeros((*piece.shape[:2], *weights.shape), np.float32)
+            rows = _ramp(top, bottom, height, overlap, scale)
+            columns = _ramp(left, right, width, overlap, scale)
+            weight = rows[:, None] * columns[None, :]
+            place = (slice(round(top * scale), round(bottom * scale)), slice(round(left * scale), round(right * scale)))
+            total[:, :, place[0], place[1]] += piece * weight
+            weights[place] += weight
+    assert total is not None
+    return np.asarray(total / weights, np.float32)
+
+
+def spans(length: int, side: int, overlap: int) -> Iterator[tuple[int, int]]:
+    """Tiles of at most ``side`` that cover ``length``, each overlapping the next by at least ``overlap``.
+
+    The last tile is moved back to end at ``length``, so that every tile has the same side.
+    """
+    start = 0
+    while start + side < length:
+        yield start, start + side
+        start += side - overlap
+    yield max(length - side, 0), length
+
+
+def _ramp(start: int, end: int, length: int, overlap: int, scale: float) -> Array:
+    """Blending weights along one side of a tile: 1 inside, falling linearly over the overlap unless at the border."""
+    size, ramp = round(end * scale) - round(start * scale), max(round(overlap * scale), 1)
+    rising = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(ramp)
+    weight = np.ones(size, np.float32)
+    if start > 0:
+        weight = np.minimum(weight, rising)
+    if end < length:
+        weight = np.minimum(weight, rising[::-1])
+    return weight
+
+
+def _runner(engine: Engine, name: str, output: str) -> Callable[[Array], Array]:
+    return lambda array: engine.run({name: array})[output]

@@ -1,0 +1,78 @@
+"""The UNet with its conditioning and guidance, as the ``model(sample, timestep)`` that a sampler drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from latentedge.runtime.bundle import Array
+from latentedge.runtime.engines.base import Engine
+
+#: Turns the branches' outputs, in the order of the branches, into one model output.
+Combine = Callable[[Sequence[Array]], Array]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One evaluation of guidance: constant UNet inputs by name, and what is appended to ``sample``."""
+
+    inputs: dict[str, Array] = field(default_factory=dict)
+    concat: Array | None = None
+
+
+class Denoiser:
+    """Evaluates every branch in one batch, or one after the other where memory is short.
+
+    Embeddings are written once for each binding, sample and timestep at each call.
+    """
+
+    def __init__(self, engine: Engine, branches: Sequence[Branch], combine: Combine, *, separate: bool = False) -> None:
+        self._engine = engine
+        self._branches = tuple(branches)
+        self._combine = combine
+        self._separate = separate
+        self._written: tuple[int, ...] | None = None
+        self._stacked: dict[tuple[int, ...], dict[str, Array]] = {}
+        self.evaluations = 0
+
+    def __call__(self, sample: Array, timestep: float) -> Array:
+        """Guided model output, float32 ``[N, C, h, w]``, for ``sample`` as the sampler scaled it."""
+        return self.evaluate(sample, timestep, range(len(self._branches)), self._combine)
+
+    def evaluate(self, sample: Array, timestep: float, chosen: Sequence[int], combine: Combine) -> Array:
+        """Evaluate only the ``chosen`` branches, by index, and combine their outputs."""
+        sample = np.ascontiguousarray(sample, np.float32)
+        if self._separate:
+            return combine([self._run(sample, timestep, (index,))[0] for index in chosen])
+        return combine(self._run(sample, timestep, tuple(chosen)))
+
+    def _run(self, sample: Array, timestep: float, chosen: tuple[int, ...]) -> list[Array]:
+        stacked = np.concatenate([self._with_concat(sample, self._branches[index]) for index in chosen])
+        timesteps = np.full(len(stacked), timestep, np.float32)
+        constants = self._constants(chosen)
+        self._engine.bind(**self._engine.component.axes_of({"sample": stacked, "timestep": timesteps, **constants}))
+        if self._engine.writer is not self or self._written != chosen:
+            for name, array in constants.items():
+                self._engine.write(name, array)
+            self._engine.writer = self
+            self._written = chosen
+        self._engine.write("sample", stacked)
+        self._engine.write("timestep", timesteps)
+        self._engine.run()
+        self.evaluations += 1
+        return np.split(self._engine.read("out_sample"), len(chosen))
+
+    def _constants(self, chosen: tuple[int, ...]) -> dict[str, Array]:
+        if chosen not in self._stacked:
+            branches = [self._branches[index].inputs for index in chosen]
+            self._stacked[chosen] = {
+                name: np.ascontiguousarray(np.concatenate([inputs[name] for inputs in branches]))
+                for name in branches[0]
+            }
+        return self._stacked[chosen]
+
+    @staticmethod
+    def _with_concat(sample: Array, branch: Branch) -> Array:
+        return sample if branch.concat is None else np.concatenate([sample, branch.concat], axis=1)

@@ -1,0 +1,93 @@
+"""ONNX Runtime on the CPU, with inputs and outputs bound to fixed buffers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec, Variant
+from latentedge.runtime.engines.base import Engine, EngineOptions
+from latentedge.runtime.errors import EngineError, UsageError
+
+#: Provider by the device that the caller asks for.
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+
+
+def open_engine(bundle: Bundle, component: Component, precision: str, options: EngineOptions) -> Engine:
+    """Open one component of ``bundle`` in ``precision``; :class:`EngineError` if ONNX Runtime refuses the graph."""
+    path, variant = bundle.variant(component.name, precision)
+    return OnnxRuntimeEngine(component, precision, open_session(path, options, variant))
+
+
+def open_session(path: Path, options: EngineOptions, variant: Variant | None = None) -> onnxruntime.InferenceSession:
+    """An inference session on the asked-for device, and on no other."""
+    device = options.device or "cpu"
+    if device not in PROVIDERS:
+        raise UsageError(f"ONNX Runtime has no device {device!r} here; choose one of: {', '.join(PROVIDERS)}.")
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads or available_threads()
+    settings.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=[PROVIDERS[device]])
+    except Exception as error:
+        size = path.stat().st_size
+        expected = f"; {variant.size} bytes recorded, {size} found" if variant and variant.size != size else ""
+        raise EngineError(
+            f"ONNX Runtime cannot load {path}{expected}: {error}", hint="`latentedge verify BUNDLE` names damaged files"
+        ) from error
+    if session.get_providers()[0] != PROVIDERS[device]:
+        raise EngineError(f"ONNX Runtime fell back from {PROVIDERS[device]} to {session.get_providers()[0]}.")
+    return session
+
+
+def available_threads() -> int:
+    """Cores that this process may use, by CPU affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+class OnnxRuntimeEngine(Engine):
+    """A session whose inputs and outputs are numpy buffers that keep their address between two ``bind`` calls."""
+
+    backend = "onnxruntime"
+
+    def __init__(self, component: Component, precision: str, session: onnxruntime.InferenceSession) -> None:
+        super().__init__(component, precision)
+        self._session: Any = session
+        self._buffers: dict[str, Array] = {}
+        self._binding: Any = None
+
+    def _bind(self) -> None:
+        binding = self._session.io_binding()
+        self._buffers = {}
+        for spec in (*self.component.inputs, *self.component.outputs):
+            self._buffers[spec.name] = np.zeros(spec.resolve(self.axes), np.dtype(spec.dtype))
+        for spec in self.component.inputs:
+            _bind(binding.bind_input, spec.name, self._buffers[spec.name])
+        for spec in self.component.outputs:
+            _bind(binding.bind_output, spec.name, self._buffers[spec.name])
+        self._binding = binding
+
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        np.copyto(self._buffers[spec.name], array)
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed in {self.component.name} with {self.axes}: {error}") from error
+
+    def _read(self, spec: TensorSpec) -> Array:
+        return self._buffers[spec.name].copy()
+
+    def _close(self) -> None:
+        self._binding = None
+        self._session = None
+        self._buffers.clear()
+
+
+def _bind(bind: Any, name: str, buffer: Array) -> None:
+    bind(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)

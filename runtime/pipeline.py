@@ -1,0 +1,416 @@
+"""``Pipeline``: a bundle, its engines, and the loop from noise to pictures. numpy only around the engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentedge.runtime import autoencoder, guidance, images, samplers, selection
+from latentedge.runtime.bundle import Array, Bundle, Manifest
+from latentedge.runtime.conditioning import Conditioner, concat_input, repeated
+from latentedge.runtime.denoiser import Branch, Combine, Denoiser
+from latentedge.runtime.engines import Engine, EngineOptions, open_engine
+from latentedge.runtime.errors import UsageError
+from latentedge.runtime.noise import NoiseStream
+from latentedge.runtime.request import Request
+from latentedge.runtime.samplers import Step
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``generate`` gives.
+
+    ``array`` is float32 ``[N, H, W, 3]`` in 0..1, ``images`` the same as 8-bit PIL images, ``latents`` float32
+    ``[N, C, h, w]`` in the model's own scale, ``timings`` seconds by stage, and by step under ``"steps"``.
+    """
+
+    images: list[Image.Image]
+    array: Array
+    latents: Array
+    timings: dict[str, Any]
+    seed: int | None = None
+
+
+class Draws:
+    """The N(0, 1) draws of one request, in order: recorded ones, or a stream from the seed."""
+
+    def __init__(self, stream: NoiseStream, recorded: Array | None) -> None:
+        self._stream = stream
+        self._recorded = recorded
+        self._taken = 0
+
+    def normal(self, shape: tuple[int, ...]) -> Array:
+        """The next draw, float32 of ``shape``; :class:`UsageError` when the recorded ones are used up or do not fit."""
+        if self._recorded is None:
+            return self._stream.normal(shape)
+        if self._taken >= len(self._recorded):
+            raise UsageError(f"noise holds {len(self._recorded)} draws; this request takes more.")
+        draw = np.asarray(self._recorded[self._taken], np.float32)
+        if draw.shape != shape:
+            raise UsageError(f"noise draw {self._taken}: expected {list(shape)}, found {list(draw.shape)}.")
+        self._taken += 1
+        return draw
+
+
+@dataclass
+class _Run:
+    """One request on its way: what the stages hand to each other."""
+
+    request: Request
+    count: int
+    steps: int
+    sampler: str | None
+    schedule: dict[str, Any]
+    guidance_scale: float
+    eta: float
+    draws: Draws
+    pictures: Array | None = None
+    mask: Array | None = None
+    timings: dict[str, Any] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Draws pictures from a bundle. Engines are opened when they are first needed."""
+
+    def __init__(self, bundle: Bundle, backend: str, precision: str, options: EngineOptions | None = None) -> None:
+        self.path = bundle.path
+        self.backend = backend
+        self.precision = precision
+        self._bundle = bundle
+        self._options = options or EngineOptions()
+        self._engines: dict[str, Engine] = {}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        backend: str = "auto",
+        precision: str = "auto",
+        *,
+        options: EngineOptions | None = None,
+    ) -> Pipeline:
+        """Open the bundle at ``path``.
+
+        ``backend`` and ``precision`` "auto" follow what was measured on this machine (``docs/bundle.md``); anything
+        else is what runs, or an error. :class:`~latentedge.runtime.errors.BundleError` for a damaged bundle.
+        """
+        bundle = Bundle.open(path)
+        choice = selection.choose(bundle, backend, precision)
+        return cls(bundle, choice.backend, choice.precision, options)
+
+    @property
+    def bundle(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._bundle.manifest
+
+    def engine(self, component: str) -> Engine:
+        """The loaded engine of a component; with ``low_memory`` the others are closed first."""
+        if component not in self._engines:
+            if self._options.low_memory:
+                self.close()
+            precision = selection.component_precision(self._bundle.component(component), self.precision)
+            self._engines[component] = open_engine(self._bundle, component, self.backend, precision, self._options)
+        return self._engines[component]
+
+    def digest(self) -> str:
+        """SHA-256 of the bundle's manifest, which covers every file of it."""
+        return self._bundle.digest()
+
+    def preview(self, latents: Array) -> list[Image.Image]:
+        """Small pictures of latents ``[N, C, h, w]``: by the bundle's linear map, or decoded where it has none."""
+        rows = self.bundle.latent.preview
+        if rows is None:
+            array = self.decode(latents)
+        else:
+            table = np.asarray(rows, np.float32)
+            array = np.einsum("nchw,cr->nhwr", latents, table[:-1]) + table[-1]
+        return [Image.fromarray(item) for item in images.to_bytes(array, truncate=False)]
+
+    def close(self) -> None:
+        """Free every engine; they are opened again when needed."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(self, prompt: str | Sequence[str] | None = None, **options: Any) -> Result:
+        """Draw pictures.
+
+        Pictures are given as path, PIL image, uint8 or float 0..1 array ``[N, H, W, 3]`` (masks ``[N, H, W]``,
+        1 = paint here). The arguments:
+
+        - ``prompt``, ``negative_prompt``: text, or a list of it; ``batch_size``: pictures for each prompt.
+        - ``class_label``, ``layout``, ``semantic_map``, ``embeddings``: what other models are steered by.
+        - ``image``, ``mask``, ``strength``: a picture to start from, complete, enlarge or reconstruct.
+        - ``height``, ``width``, ``steps``, ``sampler``, ``schedule`` (scheduler_config names), ``eta``, ``seed`` (a
+          number, or one for each picture), ``rng`` ("torch", "cuda", "numpy").
+        - ``guidance_scale``, ``guidance_rescale``, ``guidance_interval`` (lowest and highest sigma),
+          ``image_guidance_scale``.
+        - ``callback``: called with each :class:`~latentedge.runtime.samplers.Step`; returning True stops.
+        - ``tile``: decode in tiles of this many latent pixels.
+        - ``latents``, ``noise``, ``prompt_ids``, ``negative_prompt_ids``, ``encoder_hidden_states``,
+          ``negative_encoder_hidden_states``, ``text_embeds``, ``negative_text_embeds``: exact replay.
+
+        Raises :class:`~latentedge.runtime.errors.UsageError` for values that do not fit the bundle.
+        """
+        request = Request.of(prompt, options)
+        run = self._prepare(request)
+        if self.bundle.task == "reconstruction":
+            return self._reconstruct(run)
+        latents: Array | None = None
+        clock = time.perf_counter()
+        steps: list[float] = []
+        for step in self._steps(run):
+            steps.append(time.perf_counter() - clock)
+            latents = step.latents
+            if request.callback is not None and request.callback(step) is True:
+                break
+            clock = time.perf_counter()
+        run.timings["steps"] = steps
+        if latents is None:
+            latents = run.timings.pop("start")
+        return self._finish(run, latents)
+
+    def steps(self, prompt: str | Sequence[str] | None = None, **options: Any) -> Iterator[Step]:
+        """The loop of :meth:`generate` as a generator: one ``Step`` for each evaluation of the model."""
+        yield from self._steps(self._prepare(Request.of(prompt, options)))
+
+    def decode(self, latents: Array, tile: int | None = None) -> Array:
+        """Pictures, float32 ``[N, H, W, 3]`` in 0..1, from latents ``[N, C, h, w]`` in the model's own scale."""
+        pictures = autoencoder.decode(self.engine("vae_decoder"), self.bundle.latent, latents, tile)
+        return np.clip(pictures, 0, 1)
+
+    def encode(self, image: images.Picture, *, seed: int | None = None, tile: int | None = None) -> Array:
+        """Latents, float32 ``[N, C, h, w]`` in the model's own scale; with ``seed`` a sample of the distribution."""
+        draws = None if seed is None else NoiseStream("torch", seed)
+        pictures = images.pictures_from(image)
+        return autoencoder.encode(self.engine("vae_encoder"), self.bundle.latent, pictures, draws, tile=tile)
+
+    def reconstruct(self, image: images.Picture, tile: int | None = None) -> Result:
+        """A picture through encoder (the distribution's mode) and decoder."""
+        return self._reconstruct(self._prepare(Request(image=image, tile=tile)))
+
+    def _prepare(self, request: Request) -> _Run:
+        manifest = self.bundle
+        request.check(manifest)
+        defaults = manifest.defaults
+        seed = request.seed if request.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
+        pictures = None if request.image is None else images.pictures_from(request.image)
+        if pictures is not None and request.height is not None and request.width is not None:
+            pictures = images.resize_pictures(pictures, request.height, request.width)
+        mask = None if request.mask is None else (images.masks_from(request.mask) >= 0.5).astype(np.float32)
+        if mask is not None and pictures is not None and mask.shape[1:] != pictures.shape[1:3]:
+            raise UsageError(
+                f"the mask is {mask.shape[2]}x{mask.shape[1]}, its image {pictures.shape[2]}x{pictures.shape[1]}.",
+                hint="give both in the same size",
+            )
+        count = _picture_count(request, pictures)
+        schedule = dict(request.schedule if request.schedule is not None else manifest.schedule)
+        schedule.setdefault("dialect", manifest.schedule.get("dialect", "diffusers"))
+        scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        return _Run(
+            request=request,
+            count=count,
+            steps=request.steps or defaults.steps,
+            sampler=request.sampler or defaults.sampler,
+            schedule=schedule,
+            guidance_scale=float(scale),
+            eta=defaults.eta if request.eta is None else request.eta,
+            draws=Draws(NoiseStream(request.rng, seed), request.noise),
+            pictures=None if pictures is None else repeated(pictures, count, "image"),
+            mask=None if mask is None else repeated(mask, count, "mask"),
+            timings={"seed": seed},
+        )
+
+    def _steps(self, run: _Run) -> Iterator[Step]:
+        clock = time.perf_counter()
+        height, width = self._latent_size(run)
+        conditioner = Conditioner(self._bundle, self.engine, run.request, run.count)
+        conditional = conditioner.with_sizes(conditioner.conditional(), *self._pixels(height, width))
+        guided = self._is_guided(run.guidance_scale)
+        unconditional = {}
+        if guided:
+            unconditional = conditioner.with_sizes(conditioner.unconditional(conditional), *self._pixels(height, width))
+        run.timings["condition"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        latents, begin, known = self._start(run, height, width)
+        concat = self._concat(run, height, width)
+        run.timings["encode"] = time.perf_counter() - clock
+        denoiser = self._denoiser(run, conditioner, conditional, unconditional if guided else None, concat)
+        loop = samplers.sample(
+            denoiser,
+            latents,
+            run.schedule,
+            run.sampler,
+            run.steps,
+            eta=run.eta,
+            noise=run.draws.normal,
+            begin=begin,
+            start=run.request.start,
+        )
+        yield from loop if known is None else self._keep_known(run, loop, *known)
+
+    def _pixels(self, height: int, width: int) -> tuple[int, int]:
+        return height * self.bundle.latent.downscale, width * self.bundle.latent.downscale
+
+    def _latent_size(self, run: _Run) -> tuple[int, int]:
+        """Height and width of the latent, checked against what the UNet takes."""
+        manifest, request = self.bundle, run.request
+        if request.latents is not None:
+            return int(request.latents.shape[-2]), int(request.latents.shape[-1])
+        if manifest.task == "super-resolution" and run.pictures is not None:
+            size, unit = run.pictures.shape[1:3], 1
+        else:
+            unit = manifest.latent.downscale
+            given = run.pictures.shape[1:3] if run.pictures is not None else None
+            if request.semantic_map is not None and manifest.conditioning.labels is not None:
+                given = images.labels_from(request.semantic_map, manifest.conditioning.labels).shape[1:3]
+            default = given or (manifest.defaults.height, manifest.defaults.width)
+            size = (request.height or default[0], request.width or default[1])
+        axes = self._bundle.component("unet").axes
+        for name, side, axis in (("height", size[0], "latent_height"), ("width", size[1], "latent_width")):
+            multiple = unit * (axes[axis].multiple if axis in axes else 1)
+            if side < 1 or side % multiple:
+                raise UsageError(
+                    f"{name} must be a multiple of {multiple}, found {side}.",
+                    hint=f"the nearest are {max(side // multiple, 1) * multiple} and {(side // multiple + 1) * multiple}",
+                )
+        return int(size[0]) // unit, int(size[1]) // unit
+
+    def _start(self, run: _Run, height: int, width: int) -> tuple[Array, int, tuple[Array, Array] | None]:
+        """Starting latents, the index of the first step, and (picture's latents, noise) where a mask keeps a part."""
+        manifest, request = self.bundle, run.request
+        shape = (run.count, manifest.latent.channels, height, width)
+        plan = samplers.prepare(run.schedule, run.sampler, run.steps)
+        from_picture = run.pictures is not None and not manifest.conditioning.concat
+        from_picture = from_picture or (run.pictures is not None and (request.strength or 1.0) < 1.0)
+        encoded = None
+        if from_picture:
+            assert run.pictures is not None
+            posterior = run.draws if request.latents is None or request.noise is not None else None
+            encoded = autoencoder.encode(
+                self.engine("vae_encoder"), manifest.latent, run.pictures, posterior, tile=request.tile
+            )
+        noise = self._initial_noise(request, shape, run.draws)
+        if encoded is None:
+            return np.asarray(noise * np.float32(plan.init_noise_sigma), np.float32), 0, None
+        begin = plan.begin(1.0 if request.strength is None else request.strength)
+        known = None if run.mask is None or manifest.conditioning.concat else (encoded, noise)
+        return plan.add_noise(encoded, noise, begin), begin, known
+
+    @staticmethod
+    def _initial_noise(request: Request, shape: tuple[int, ...], draws: Draws) -> Array:
+        if request.latents is None:
+            return draws.normal(shape)
+        latents = np.asarray(request.latents, np.float32)
+        if latents.shape != shape:
+            raise UsageError(f"latents: expected {list(shape)}, found {list(latents.shape)}.")
+        return latents
+
+    def _concat(self, run: _Run, height: int, width: int) -> Array | None:
+        entries = self.bundle.conditioning.concat
+        if not entries:
+            return None
+        parts = [
+            concat_input(
+                entry,
+                self._bundle,
+                self.engine,
+                run.pictures,
+                run.mask,
+                run.request.semantic_map,
+                (height, width),
+                run.draws,
+            )
+            for entry in entries
+        ]
+        return np.concatenate([repeated(part, run.count, "image") for part in parts], axis=1)
+
+    def _is_guided(self, scale: float) -> bool:
+        """CompVis's scripts guide at any scale but 1, diffusers' pipelines above 1."""
+        conditioning = self.bundle.conditioning
+        if conditioning.guidance_embedding is not None or conditioning.cross_attention == "none":
+            return False
+        return scale != 1 if self.bundle.schedule.get("dialect") == "compvis" else scale > 1
+
+    def _denoiser(
+        self,
+        run: _Run,
+        conditioner: Conditioner,
+        conditional: dict[str, Array],
+        unconditional: dict[str, Array] | None,
+        concat: Array | None,
+    ) -> Denoiser:
+        conditioning = self.bundle.conditioning
+        if conditioning.guidance_embedding is not None:
+            embedding = guidance.guidance_embedding(run.guidance_scale - 1, conditioning.guidance_embedding)
+            conditional = {**conditional, "timestep_cond": np.repeat(embedding, run.count, axis=0)}
+        branches = [conditioner.branch(conditional, concat)]
+        combine: Combine = guidance.only
+        if unconditional is not None and conditioning.image_guidance and concat is not None:
+            uncond = conditioner.branch(unconditional, concat)
+            branches = [branches[0], uncond, Branch(uncond.inputs, np.zeros_like(concat))]
+            combine = guidance.text_and_image(run.guidance_scale, run.request.image_guidance_scale)
+        elif unconditional is not None:
+            branches = [conditioner.branch(unconditional, concat), branches[0]]
+            combine = guidance.classifier_free(run.guidance_scale, run.request.guidance_rescale)
+        return Denoiser(self.engine("unet"), branches, combine, separate=self._options.low_memory)
+
+    def _keep_known(self, run: _Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
+        """Put the noised picture back outside of the mask after every step (a model without a mask input)."""
+        assert run.mask is not None
+        plan = samplers.prepare(run.schedule, run.sampler, run.steps)
+        paint = images.resize_nearest(run.mask, *encoded.shape[2:])[:, None]
+        replaced: Array | None = None
+        while True:
+            try:
+                step = loop.send(replaced)
+            except StopIteration:
+                return
+            kept = plan.add_noise(encoded, noise, step.index + 1) if not step.last else encoded
+            replaced = np.asarray(paint * step.latents + (1 - paint) * kept, np.float32)
+            yield step.replace(latents=replaced)
+
+    def _reconstruct(self, run: _Run) -> Result:
+        assert run.pictures is not None
+        latent, tile = self.bundle.latent, run.request.tile
+        latents = autoencoder.encode(self.engine("vae_encoder"), latent, run.pictures, tile=tile)
+        return self._finish(run, latents)
+
+    def _finish(self, run: _Run, latents: Array) -> Result:
+        clock = time.perf_counter()
+        array = self.decode(latents, run.request.tile)
+        compvis = self.bundle.schedule.get("dialect") == "compvis"
+        if compvis and self.bundle.task == "inpainting" and run.mask is not None and run.pictures is not None:
+            paint = run.mask[..., None]
+            array = np.asarray((1 - paint) * run.pictures + paint * array, np.float32)
+        run.timings["decode"] = time.perf_counter() - clock
+        seed = run.timings.pop("seed")
+        bytes_ = images.to_bytes(array, truncate=compvis)
+        return Result([Image.fromarray(item) for item in bytes_], array, latents, run.timings, seed)
+
+
+def _picture_count(request: Request, pictures: Array | None) -> int:
+    """Pictures of one request: the longest of what was given, times ``batch_size``."""
+    if request.latents is not None:
+        return len(request.latents)
+    lengths = [
+        1 if isinstance(value, str) or np.ndim(value) == 0 else len(value)
+        for value in (request.prompt, request.class_label)
+        if value is not None
+    ]
+    arrays = (request.prompt_ids, request.encoder_hidden_states, pictures)
+    lengths += [len(array) for array in arrays if isinstance(array, np.ndarray)]
+    lengths += [len(request.seed)] if isinstance(request.seed, Sequence) else []
+    return max(lengths, default=1) * (request.batch_size or 1)

@@ -26,6 +26,8 @@ class Backend:
     module: str
     requires: str
     extra: str
+    #: The module's function that opens a component.
+    opener: str = "open_engine"
 
     def installed(self) -> bool:
         """Whether the library can be found, without importing it."""
@@ -37,7 +39,7 @@ BACKENDS: dict[str, Backend] = {
     "onnxruntime": Backend("latentedge.runtime.engines.onnxruntime", "onnxruntime", "cpu"),
     "openvino": Backend("latentedge.runtime.engines.openvino", "openvino", "openvino"),
     "tensorrt": Backend("latentedge.runtime.engines.tensorrt", "tensorrt", "gpu"),
-    "tensorrt-rtx": Backend("latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx"),
+    "tensorrt-rtx": Backend("latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx", "open_engine_rtx"),
 }
 
 
@@ -56,8 +58,8 @@ def backend(name: str) -> Backend:
 
 def open_engine(bundle: Bundle, component: str, name: str, precision: str, options: EngineOptions) -> Engine:
     """Load one component of a bundle with the backend ``name`` in ``precision``; never another one."""
-    module = importlib.import_module(backend(name).module)
-    opener = cast("Opener", module.open_engine)
+    found = backend(name)
+    opener = cast("Opener", getattr(importlib.import_module(found.module), found.opener))
     spec = bundle.component(component)
     return opener(bundle, spec, precision, options)
 

@@ -155,8 +155,6 @@ class ConcatInput:
     posterior: str = "mode"
     #: Values of (keep, paint) in a mask.
     mask_values: tuple[float, float] = (0.0, 1.0)
-    #: What a masked picture holds where it is to be painted, in the encoder's range (CompVis: black, diffusers: grey, 0).
-    hole: float = -1.0
     #: What stands in the hole of a masked picture, in -1..1: black (-1) in CompVis's models, grey (0) in diffusers'.
     hole_value: float = 0.0
 

@@ -14,6 +14,9 @@ from latentedge.runtime.engines.base import Engine, EngineOptions
 from latentedge.runtime.errors import EngineError, UsageError
 from latentedge.runtime.machine import usable_cores
 
+#: Compiled shapes that an engine keeps: guidance with an interval alternates between one and two branches.
+KEPT_SHAPES = 2
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -83,6 +86,7 @@ class OpenVINOEngine(Engine):
         self._cache: Path | None = None
         if options.cache is not None and digest is not None:
             self._cache = options.cache / f"openvino-{version('openvino')}-{digest[:16]}"
+        self._compiled: dict[tuple[tuple[str, int], ...], tuple[Any, dict[str, Array]]] = {}
         self._buffers: dict[str, Array] = {}
         self._request: Any = None
 
@@ -97,7 +101,16 @@ class OpenVINOEngine(Engine):
         return {**properties, **options.extra}
 
     def _bind(self) -> None:
-        self._request = None
+        key = tuple(sorted(self.axes.items()))
+        if key not in self._compiled:
+            if len(self._compiled) >= KEPT_SHAPES:
+                self._request, self._buffers = None, {}
+                del self._compiled[next(iter(self._compiled))]
+            self._compiled[key] = self._compile()
+        self._request, self._buffers = self._compiled[key]
+
+    def _compile(self) -> tuple[Any, dict[str, Array]]:
+        """An inference request for the bound axes, and the arrays that it reads its inputs from."""
         shapes = {spec.name: spec.resolve(self.axes) for spec in self.component.inputs}
         try:
             model = self._core.read_model(self._path)
@@ -110,12 +123,11 @@ class OpenVINOEngine(Engine):
             raise EngineError(
                 f"openvino computes {self.component.name} in {floats}, asked for was {self._floats} ({self.precision})."
             )
-        self._request = compiled.create_infer_request()
-        self._buffers = {}
-        for spec in self.component.inputs:
-            self._buffers[spec.name] = np.zeros(shapes[spec.name], np.dtype(spec.dtype))
-            tensor = self._openvino.Tensor(self._buffers[spec.name], shared_memory=True)
-            self._request.set_tensor(spec.name, tensor)
+        request = compiled.create_infer_request()
+        buffers = {spec.name: np.zeros(shapes[spec.name], np.dtype(spec.dtype)) for spec in self.component.inputs}
+        for name, buffer in buffers.items():
+            request.set_tensor(name, self._openvino.Tensor(buffer, shared_memory=True))
+        return request, buffers
 
     def _compile_properties(self) -> dict[str, Any]:
         if self._cache is None:
@@ -145,4 +157,5 @@ class OpenVINOEngine(Engine):
 
     def _close(self) -> None:
         self._request = None
-        self._buffers.clear()
+        self._buffers = {}
+        self._compiled.clear()

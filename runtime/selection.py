@@ -1,0 +1,157 @@
+"""Which backend and precision run: what was asked for, else what was measured faster and good enough on this machine.
+
+The manifest's variants of the denoiser hold the records that decide (``docs/bundle.md``): ``latency`` with this
+machine's fingerprint, and ``quality`` against the fp32 pictures. Without records fp32 runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from latentedge.runtime import engines
+from latentedge.runtime.bundle import Bundle, Component
+from latentedge.runtime.errors import MissingDependencyError, UsageError
+from latentedge.runtime.machine import machine_fingerprint
+
+#: The component whose records decide; the others follow it.
+DENOISER = "unet"
+
+#: What each backend computes in. "int8+bf16" is the int8 graph with its floats computed in bf16.
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "bf16", "fp16", "int8", "int8+bf16", "int8+fp16"),
+    "tensorrt": ("fp32", "fp16", "int8"),
+    "tensorrt-rtx": ("fp32", "fp16", "int8"),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and why."""
+
+    backend: str
+    precision: str
+    reason: str
+
+
+def graph_precision(precision: str) -> str:
+    """The variant that holds a precision's graph: bf16 is computed from the fp32 graph."""
+    graph = precision.partition("+")[0]
+    return "fp32" if graph == "bf16" else graph
+
+
+def component_precision(component: Component, precision: str, backend: str | None = None) -> str:
+    """The precision of one component where the denoiser runs in ``precision``.
+
+    A component that was not quantised runs in the type of the int8 graph's floats: named after the "+", fp16 with
+    TensorRT where the variant is there, and fp32 otherwise. The denoiser never runs in anything but ``precision``.
+    """
+    if component.name == DENOISER or graph_precision(precision) in component.variants:
+        return precision
+    floats = precision.partition("+")[2]
+    if floats and graph_precision(floats) in component.variants:
+        return floats
+    on_tensorrt = backend is not None and backend.startswith("tensorrt")
+    return "fp16" if on_tensorrt and "fp16" in component.variants else "fp32"
+
+
+def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> Choice:
+    """Backend and precision for ``bundle`` on this machine.
+
+    A name is taken as it is, or is an error. "auto" takes the fastest that was measured here: its latency record's
+    lower bound of the ratio is over 1, and its worst picture is above the quality floor. A precision that the caller
+    names needs no quality record.
+    """
+    component = _denoiser(bundle)
+    candidates = list(_candidates(component, backend, precision))
+    if not candidates:
+        raise UsageError(
+            f"no installed backend runs {bundle.path} with backend {backend} and precision {precision}; "
+            f"the bundle has: {', '.join(component.variants)}.",
+            hint="write another precision with `latentedge export ... --precision`, or install another backend",
+        )
+    machine = machine_fingerprint()
+    measured = [
+        (record["ratio"], name, wanted)
+        for name, wanted in candidates
+        if (record := latency_record(component, name, wanted, machine)) is not None
+        and (precision != "auto" or (record["ratio_low"] > 1 and good_enough(component, name, wanted)))
+    ]
+    if measured:
+        ratio, name, wanted = max(measured)
+        return Choice(name, wanted, f"measured here: {ratio:.2f} times the speed of the reference")
+    name, wanted = next((pair for pair in candidates if pair[1] == "fp32"), candidates[0])
+    asked = backend != "auto" and precision != "auto"
+    return Choice(name, wanted, "asked for" if asked else "nothing faster was measured on this machine")
+
+
+def latency_record(component: Component, backend: str, precision: str, machine: str) -> dict[str, Any] | None:
+    """The latest latency record of a backend and precision on ``machine`` with the library that is installed."""
+    expected = {
+        "kind": "latency",
+        "backend": backend,
+        "precision": precision,
+        "machine": machine,
+        "library": library_version(backend),
+    }
+    found = None
+    for record in _records(component, precision):
+        found = record if all(record.get(name) == value for name, value in expected.items()) else found
+    return found
+
+
+def good_enough(component: Component, backend: str, precision: str) -> bool:
+    """Whether every quality record of a precision (for this backend, or for any) is above its floor.
+
+    Without a record only fp32 is good enough.
+    """
+    records = [
+        record
+        for record in _records(component, precision)
+        if record.get("kind") == "quality"
+        and record.get("precision", precision) == precision
+        and record.get("backend", backend) == backend
+    ]
+    good = all(record["psnr_worst_db"] >= record["floor_db"] for record in records)
+    return good and (bool(records) or precision == "fp32")
+
+
+def library_version(backend: str) -> str:
+    """Version of a backend's library as installed; empty where it is not."""
+    requires = engines.BACKENDS[backend].requires
+    for distribution in (requires, f"{requires}-gpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return f"{distribution} {version(distribution)}"
+    return ""
+
+
+def _records(component: Component, precision: str) -> tuple[dict[str, Any], ...]:
+    variant = component.variants.get(graph_precision(precision))
+    return () if variant is None else variant.measured
+
+
+def _denoiser(bundle: Bundle) -> Component:
+    components = bundle.manifest.components
+    return components[DENOISER] if DENOISER in components else next(iter(components.values()))
+
+
+def _candidates(component: Component, backend: str, precision: str) -> Iterator[tuple[str, str]]:
+    if backend != "auto":
+        engines.backend(backend)
+    known = {name for names in PRECISIONS.values() for name in names}
+    if precision != "auto" and precision not in known:
+        raise UsageError(f"there is no precision {precision!r}; choose one of: auto, {', '.join(sorted(known))}.")
+    names = [name for name, entry in engines.BACKENDS.items() if entry.installed()] if backend == "auto" else [backend]
+    if not names:
+        raise MissingDependencyError(
+            "no engine library is installed.",
+            hint="pip install 'latentedge[cpu]' on any processor; [openvino], [gpu] and [rtx] are the others",
+        )
+    for name in names:
+        for wanted in PRECISIONS[name] if precision == "auto" else (precision,):
+            if wanted in PRECISIONS[name] and graph_precision(wanted) in component.variants:
+                yield name, wanted

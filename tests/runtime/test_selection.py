@@ -1,0 +1,138 @@
+"""The choice of backend and precision follows records of this machine, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentedge.runtime import engines
+from latentedge.runtime.bundle import (
+    Bundle,
+    Component,
+    Conditioning,
+    Defaults,
+    Latent,
+    Manifest,
+    Source,
+    Variant,
+)
+from latentedge.runtime.errors import MissingDependencyError, UsageError
+from latentedge.runtime.machine import machine_fingerprint
+from latentedge.runtime.selection import choose, component_precision, graph_precision, library_version
+
+#: Libraries that stand in for the engine libraries, so that the choice does not depend on what is installed.
+STAND_IN = {"onnxruntime": "numpy", "openvino": "click"}
+
+
+@pytest.fixture(autouse=True)
+def two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        name: engines.Backend(engines.BACKENDS[name].module, requires, "cpu") for name, requires in STAND_IN.items()
+    }
+    monkeypatch.setattr(engines, "BACKENDS", found)
+
+
+def latency(backend: str, precision: str, ratio: float, low: float, **changed: Any) -> dict[str, Any]:
+    record = {
+        "kind": "latency",
+        "backend": backend,
+        "precision": precision,
+        "machine": machine_fingerprint(),
+        "library": library_version(backend),
+        "seconds": 1 / ratio,
+        "reference": "onnxruntime fp32",
+        "ratio": ratio,
+        "ratio_low": low,
+    }
+    return {**record, **changed}
+
+
+def quality(precision: str, worst: float, floor: float = 30.0) -> dict[str, Any]:
+    return {"kind": "quality", "precision": precision, "psnr_db": worst + 3, "psnr_worst_db": worst, "floor_db": floor}
+
+
+def bundle(**measured: list[dict[str, Any]]) -> Bundle:
+    variants = {
+        name: Variant(f"unet/model.{name}.onnx", "0" * 64, 1, measured=tuple(records))
+        for name, records in measured.items()
+    }
+    unet = Component("unet", (), (), {}, variants)
+    manifest = Manifest(
+        "test", "test", Source("onnx", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(64, 64), {"unet": unet}
+    )
+    return Bundle(Path("b.bundle"), manifest)
+
+
+def chosen(found: Bundle, backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
+    choice = choose(found, backend, precision)
+    return choice.backend, choice.precision
+
+
+def test_without_records_fp32_runs_on_onnxruntime() -> None:
+    assert chosen(bundle(fp32=[], int8=[])) == ("onnxruntime", "fp32")
+
+
+def test_the_fastest_record_above_the_floor_wins() -> None:
+    records = [latency("openvino", "fp32", 1.3, 1.2), latency("openvino", "bf16", 3.0, 2.8), quality("bf16", 41)]
+    assert chosen(bundle(fp32=records)) == ("openvino", "bf16")
+    assert chosen(bundle(fp32=records), backend="onnxruntime") == ("onnxruntime", "fp32")
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [latency("openvino", "int8", 4.0, 3.5)],  # no quality record
+        [latency("openvino", "int8", 4.0, 3.5), quality("int8", 29.9)],  # below the floor
+        [latency("openvino", "int8", 4.0, 3.5), quality("int8", 35), quality("int8", 20)],  # one of two below
+        [latency("openvino", "int8", 1.1, 0.97), quality("int8", 35)],  # within noise of the reference
+        [latency("openvino", "int8", 4.0, 3.5, machine="another"), quality("int8", 35)],
+        [latency("openvino", "int8", 4.0, 3.5, library="click 0.1"), quality("int8", 35)],
+    ],
+)
+def test_a_precision_that_is_not_proven_here_is_not_chosen(records: list[dict[str, Any]]) -> None:
+    assert chosen(bundle(fp32=[], int8=records)) == ("onnxruntime", "fp32")
+
+
+def test_the_latest_record_counts() -> None:
+    records = [latency("openvino", "fp32", 2.0, 1.9), latency("openvino", "fp32", 0.8, 0.7)]
+    assert chosen(bundle(fp32=records)) == ("onnxruntime", "fp32")
+
+
+def test_what_is_asked_for_is_taken() -> None:
+    found = bundle(fp32=[], int8=[])
+    assert chosen(found, "openvino", "int8") == ("openvino", "int8")
+    assert chosen(found, "auto", "bf16") == ("openvino", "bf16")
+    assert chosen(found, "auto", "int8") == ("onnxruntime", "int8")
+
+
+def test_an_asked_precision_runs_on_the_backend_that_was_measured_faster() -> None:
+    records = [latency("onnxruntime", "int8", 0.4, 0.3), latency("openvino", "int8", 4.0, 3.5)]
+    assert chosen(bundle(fp32=[], int8=records), "auto", "int8") == ("openvino", "int8")
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("onnxruntime", "bf16"), ("auto", "fp16"), ("openvino", "fp99"), ("nonesuch", "auto")]
+)
+def test_what_is_not_there_is_an_error(backend: str, precision: str) -> None:
+    with pytest.raises(UsageError):
+        choose(bundle(fp32=[], int8=[]), backend, precision)
+
+
+def test_no_library_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "BACKENDS", {"onnxruntime": engines.Backend("x", "no_such_module", "cpu")})
+    with pytest.raises(MissingDependencyError, match=r"latentedge\[cpu\]"):
+        choose(bundle(fp32=[]))
+
+
+def test_components_follow_the_denoiser() -> None:
+    variant = Variant("x.onnx", "0" * 64, 1)
+    decoder = Component("vae_decoder", (), (), {}, {"fp32": variant, "fp16": variant})
+    unet = Component("unet", (), (), {}, {"fp32": variant})
+    assert component_precision(decoder, "fp16") == "fp16"
+    assert component_precision(decoder, "int8") == "fp32"
+    assert component_precision(decoder, "int8", "tensorrt-rtx") == "fp16"
+    assert component_precision(decoder, "int8+bf16") == "bf16"
+    assert component_precision(unet, "int8") == "int8"  # the engine then says that it is not there
+    assert [graph_precision(name) for name in ("bf16", "int8+bf16", "fp16")] == ["fp32", "int8", "fp16"]

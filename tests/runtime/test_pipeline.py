@@ -1,0 +1,201 @@
+"""The pipeline above null engines: batches, guidance, seeds, tasks, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentedge.runtime.bundle import ConcatInput, Conditioning
+from latentedge.runtime.engines import EngineOptions
+from latentedge.runtime.errors import UsageError
+from latentedge.runtime.pipeline import Pipeline
+from tests.runtime import bundles
+
+IDS = np.array([[1, 2, 3, 4, 5]])
+NEGATIVE = np.array([[9, 8, 7, 6, 5]])
+LATENTS = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
+
+
+def draw(pipe: Pipeline, **options: Any) -> Any:
+    ids = {"prompt_ids": IDS, "negative_prompt_ids": NEGATIVE}
+    return pipe.generate(**{**ids, **options})
+
+
+def counting_unet() -> tuple[Any, list[int]]:
+    batches: list[int] = []
+
+    def unet(inputs: Any) -> Any:
+        batches.append(len(inputs["sample"]))
+        return bundles.unet(inputs)
+
+    return unet, batches
+
+
+def test_the_result_has_the_contract_shapes() -> None:
+    result = draw(bundles.pipeline(), latents=LATENTS)
+    assert result.array.shape == (2, 32, 32, 3)
+    assert result.array.dtype == np.float32
+    assert 0 <= result.array.min() < result.array.max() <= 1
+    assert result.latents.shape == LATENTS.shape
+    assert [image.size for image in result.images] == [(32, 32)] * 2
+    assert len(result.timings["steps"]) == 5
+    assert {"condition", "encode", "decode"} <= set(result.timings)
+
+
+def test_guidance_takes_one_batch_of_two_and_a_scale_of_one_takes_none() -> None:
+    unet, batches = counting_unet()
+    pipe = bundles.pipeline(unet=unet)
+    draw(pipe, seed=1)
+    assert batches == [2] * 5
+    batches.clear()
+    draw(pipe, seed=1, guidance_scale=1.0)
+    assert batches == [1] * 5
+
+
+def test_guidance_in_two_runs_equals_one_batch() -> None:
+    unet, batches = counting_unet()
+    manifest = bundles.text_manifest()
+    low = bundles.pipeline(manifest, unet=unet)
+    low._options = EngineOptions(low_memory=True)
+    together = draw(bundles.pipeline(manifest), latents=LATENTS)
+    apart = draw(low, latents=LATENTS)
+    assert batches == [2] * 10
+    assert np.abs(together.latents - apart.latents).max() < 1e-6
+
+
+def test_the_negative_prompt_and_the_scale_matter() -> None:
+    pipe = bundles.pipeline()
+    base = draw(pipe, latents=LATENTS).latents
+    for change in ({"negative_prompt_ids": IDS}, {"guidance_scale": 3.5}, {"prompt_ids": NEGATIVE}):
+        assert np.abs(draw(pipe, latents=LATENTS, **change).latents - base).max() > 1e-3
+
+
+def test_a_seed_gives_the_same_picture_and_another_seed_another() -> None:
+    pipe = bundles.pipeline()
+    first, again, other = (draw(pipe, seed=seed) for seed in (7, 7, 8))
+    assert np.array_equal(first.array, again.array)
+    assert np.abs(first.array - other.array).max() > 0.05
+    assert first.seed == 7
+
+
+def test_a_batch_of_two_equals_two_batches_of_one() -> None:
+    pipe = bundles.pipeline()
+    both = draw(pipe, seed=[3, 4], eta=1.0).latents
+    single = [draw(pipe, seed=[seed], eta=1.0).latents[0] for seed in (3, 4)]
+    assert np.abs(both - np.stack(single)).max() < 1e-6
+
+
+def test_strength_zero_returns_the_picture() -> None:
+    picture = np.random.default_rng(1).random((1, 32, 32, 3)).astype(np.float32)
+    pipe = bundles.pipeline()
+    result = draw(pipe, image=picture, strength=0.0, seed=5, rng="numpy", noise=np.zeros((1, 1, 4, 8, 8)), latents=LATENTS[:1])
+    assert np.abs(result.latents - pipe.encode(picture)).max() < 1e-6
+
+
+def test_more_strength_moves_further_from_the_picture() -> None:
+    picture = np.random.default_rng(1).random((1, 32, 32, 3)).astype(np.float32)
+    pipe = bundles.pipeline()
+    start = pipe.encode(picture)
+    far = [np.abs(draw(pipe, image=picture, strength=value, seed=5).latents - start).mean() for value in (0.2, 0.6, 1.0)]
+    assert far[0] < far[1] < far[2]
+
+
+def test_a_mask_keeps_what_is_outside_of_it() -> None:
+    picture = np.random.default_rng(1).random((1, 32, 32, 3)).astype(np.float32)
+    mask = np.zeros((1, 32, 32), np.float32)
+    mask[:, :, 16:] = 1
+    pipe = bundles.pipeline()
+    noise = np.zeros((2, 1, 4, 8, 8), np.float32)
+    result = draw(pipe, image=picture, mask=mask, strength=1.0, latents=LATENTS[:1], noise=noise)
+    kept = np.abs(result.latents - pipe.encode(picture))
+    assert kept[..., :4].max() < 1e-5
+    assert kept[..., 4:].max() > 0.1
+
+
+def test_conditioning_pictures_follow_the_latent_in_order() -> None:
+    seen: list[Any] = []
+
+    def unet(inputs: Any) -> Any:
+        seen.append(inputs["sample"])
+        return bundles.unet(inputs)
+
+    concat = (ConcatInput("mask", 1), ConcatInput("masked_image_latent", 4, scaled=True))
+    manifest = bundles.text_manifest(components=bundles.text_components(9), task="inpainting")
+    manifest = dataclasses.replace(manifest, conditioning=dataclasses.replace(manifest.conditioning, concat=concat))
+    pipe = bundles.pipeline(manifest, unet=unet)
+    picture = np.full((32, 32, 3), 200, np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:16] = 255
+    draw(pipe, image=Image.fromarray(picture), mask=Image.fromarray(mask), seed=0)
+    sample = seen[0]
+    assert sample.shape == (2, 9, 8, 8)
+    assert sample[0, 4, :, 0].tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
+    value = (200 / 127.5 - 1) * 0.5
+    assert sample[0, 5, :, 0] == pytest.approx([value, value, 0, 0, value, value, value, value], abs=1e-6)
+
+
+def test_steps_yields_what_generate_ends_with() -> None:
+    pipe = bundles.pipeline()
+    steps = list(pipe.steps(prompt_ids=IDS, negative_prompt_ids=NEGATIVE, latents=LATENTS))
+    assert [step.index for step in steps] == list(range(5))
+    assert all(step.latents.shape == step.denoised.shape == LATENTS.shape for step in steps)
+    assert np.array_equal(steps[-1].latents, draw(pipe, latents=LATENTS).latents)
+
+
+def test_a_callback_stops_the_loop() -> None:
+    unet, batches = counting_unet()
+    result = draw(bundles.pipeline(unet=unet), latents=LATENTS, callback=lambda step: step.index == 1)
+    assert len(batches) == 2
+    assert len(result.timings["steps"]) == 2
+
+
+def test_interleaved_runs_do_not_mix_their_prompts() -> None:
+    pipe = bundles.pipeline()
+    options = {"latents": LATENTS, "negative_prompt_ids": NEGATIVE}
+    alone = draw(pipe, latents=LATENTS).latents
+    first = pipe.steps(prompt_ids=IDS, **options)
+    second = pipe.steps(prompt_ids=NEGATIVE, **options)
+    last = [pair[0] for pair in zip(first, second, strict=True)][-1]
+    assert np.abs(last.latents - alone).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, found 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"height": 30, "width": 32}, "height must be a multiple of 8, found 30"),
+        ({"colour": "red"}, "no argument colour"),
+        ({"sampler": "magic"}, "magic"),
+        ({"class_label": 3}, "takes no class_label"),
+        ({"strength": 0.5}, "needs an image"),
+        ({"image": np.zeros((32, 32, 3)), "strength": 1.5}, "strength goes from 0 to 1"),
+        ({"image": np.zeros((32, 32, 3), np.uint8), "mask": np.zeros((16, 32), np.uint8)}, "the mask is 32x16"),
+        ({"image": np.full((32, 32, 3), 2.0)}, "must lie in 0..1"),
+        ({"image": np.zeros((32, 32, 4), np.uint8)}, r"expected \[N, H, W, 3\]"),
+        ({"latents": LATENTS[:, :3]}, r"latents: expected"),
+        ({"prompt_ids": IDS.astype(np.float32)}, "token ids must be integers"),
+        ({"noise": np.zeros((1, 2, 4, 8, 8)), "eta": 1.0, "latents": LATENTS}, "holds 1 draws"),
+        ({"rng": "dice"}, "dice"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        draw(bundles.pipeline(), **options)
+
+
+def test_a_bundle_without_a_tokenizer_says_what_it_takes() -> None:
+    with pytest.raises(UsageError, match="no tokenizer"):
+        bundles.pipeline().generate("a cat")
+
+
+def test_guidance_without_an_unconditional_input_is_refused() -> None:
+    manifest = bundles.text_manifest()
+    conditioning = Conditioning("text", manifest.conditioning.encoders)
+    pipe = bundles.pipeline(dataclasses.replace(manifest, conditioning=conditioning))
+    with pytest.raises(UsageError, match="no unconditional input"):
+        pipe.generate(prompt_ids=IDS, seed=1)

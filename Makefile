@@ -34,10 +34,17 @@ lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# tensorrt-stubs 10.13 has parameters named `in`, and one without a default after one with a default.
+STUB_REPAIRS := 's/([(, ])in: /\1in_: /g; s/(power: Weights = None, channel_axis: int)\)/\1 = ...)/'
+
 # mypy does not follow setuptools' package-dir, so it is shown a folder of links with the import names.
 types: $(VENV)/dev-installed
 	mkdir -p .types/latentedge
 	for package in $(PACKAGES); do ln -sfn ../../$$package .types/latentedge/$$package; done
+	mkdir -p .types/tensorrt .types/tensorrt_bindings
+	cp $(VENV)/lib/python*/site-packages/tensorrt/__init__.pyi .types/tensorrt
+	cp $(VENV)/lib/python*/site-packages/tensorrt_bindings/__init__.pyi .types/tensorrt_bindings
+	sed -E $(STUB_REPAIRS) $(VENV)/lib/python*/site-packages/tensorrt_bindings/tensorrt.pyi > .types/tensorrt_bindings/tensorrt.pyi
 	$(BIN)/mypy $(foreach package,$(PACKAGES),-p latentedge.$(package))
 
 clean:

@@ -146,8 +146,10 @@ class Stream:
         try:
             yield recorded
         except BaseException:
-            # Ends the capture, so that the stream can be used again; the graph of a failed capture is not valid.
-            api().cudaStreamEndCapture(self.handle)
+            # Ends the capture, so that the stream can be used again; it has no graph where CUDA itself failed.
+            code, graph = api().cudaStreamEndCapture(self.handle)
+            if int(code) == 0:
+                call("cudaGraphDestroy", graph)
             raise
         recorded.append(Graph(call("cudaStreamEndCapture", self.handle)))
 

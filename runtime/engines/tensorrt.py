@@ -120,12 +120,6 @@ class Device:
             self.scratch.free()
             self.stream.free()
 
-    def free_others(self, engine: TensorRTEngine) -> None:
-        """Free what every other engine of this device that runs with low memory has loaded."""
-        for other in self.engines:
-            if other is not engine and other.low_memory:
-                other.unload()
-
 
 _devices: dict[int, Device] = {}
 
@@ -196,7 +190,6 @@ class TensorRTEngine(Engine):
     ) -> None:
         super().__init__(component, plans[0].key.precision)
         self.backend = plans[0].key.backend
-        self.low_memory = options.low_memory
         self._bundle, self._plans, self._library, self._device = bundle, plans, library, device
         self._log = Log(library)
         self._cuda_graph = options.cuda_graph
@@ -215,8 +208,6 @@ class TensorRTEngine(Engine):
         with self._device.use():
             self.drop_graph()
             self._free_buffers()
-            if self.low_memory:
-                self._device.free_others(self)
             command = rebuild_command(self._bundle, self.backend, self.precision) + " with --batch and --size"
             plan = choose_plan(self._plans, self.axes, command)
             if plan is not self._plan:
@@ -224,6 +215,8 @@ class TensorRTEngine(Engine):
             shapes = self._set_shapes()
             for step in self._steps:
                 self._allocate(step, shapes)
+            # Runs before the buffers are freed: queued work may still use them.
+            self._memory.callback(self._device.stream.wait)
             self._set_scratch()
             if self._cuda_graph:
                 self._record()
@@ -288,7 +281,8 @@ class TensorRTEngine(Engine):
             if unresolved:
                 raise self._log.fault(f"{self.component.name}: the engine cannot infer {', '.join(unresolved)}")
             for name in step.outputs:
-                shapes[name] = tuple(step.context.get_tensor_shape(name))
+                sides = step.context.get_tensor_shape(name)
+                shapes[name] = tuple(int(sides[axis]) for axis in range(len(sides)))
         for spec in self.component.outputs:
             if shapes[spec.name] != spec.resolve(self.axes):
                 expected = list(spec.resolve(self.axes))
@@ -370,16 +364,6 @@ class TensorRTEngine(Engine):
             graph, self._graph = self._graph, None
             graph.free()
 
-    def unload(self) -> None:
-        """Free plan and buffers; the next ``bind`` loads them again."""
-        with self._device.use():
-            self.drop_graph()
-            self._free_buffers()
-            self._steps.clear()
-            self._plan = None
-            self._bound = False
-            self._written.clear()
-
     def _free_buffers(self) -> None:
         self._buffers.clear()
         self._staging.clear()
@@ -387,5 +371,7 @@ class TensorRTEngine(Engine):
 
     def _close(self) -> None:
         with self._device.use():
-            self.unload()
+            self.drop_graph()
+            self._free_buffers()
+            self._steps.clear()
             self._device.leave(self)

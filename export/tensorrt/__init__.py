@@ -1,0 +1,1 @@
+"""Engines from ONNX with TensorRT and TensorRT-RTX."""

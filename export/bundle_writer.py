@@ -1,0 +1,118 @@
+"""Writing a bundle: aside first, and renamed when everything in it has been proven."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentedge.export.errors import ExportError
+from latentedge.export.model import TokenizerSource
+from latentedge.export.parity import Case
+from latentedge.runtime.bundle import MANIFEST_NAME, Component, Manifest, TokenizerFile, file_sha256
+from latentedge.runtime.errors import UsageError
+
+#: Recorded parity vectors of one component take at most about this many bytes, but always hold one case.
+VECTOR_BYTES = 200_000
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside ``output`` that becomes ``output`` at the end, or is deleted on any failure or Ctrl-C.
+
+    :class:`UsageError` when ``output`` exists and may not be replaced: without ``overwrite``, or when it is not a
+    bundle.
+    """
+    output = output.absolute()
+    _check_output(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        # mkdtemp's folder is for its owner only; a bundle is as readable as any other folder.
+        folder.chmod(0o755)
+        yield folder
+        _check_output(output, overwrite)
+        _replace(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise UsageError(f"{output} exists.", hint="choose another -o, or replace it with --overwrite")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).is_file()):
+        raise UsageError(f"{output} is not a bundle, so --overwrite does not replace it.", hint="choose another -o")
+
+
+def _replace(folder: Path, output: Path) -> None:
+    if not output.exists():
+        folder.rename(output)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".old", dir=output.parent) as old:
+        output.rename(Path(old) / "bundle")
+        try:
+            folder.rename(output)
+        except OSError:
+            (Path(old) / "bundle").rename(output)
+            raise
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``latentedge.json``."""
+    write_json(folder / MANIFEST_NAME, manifest.to_json())
+
+
+def write_json(path: Path, data: Mapping[str, Any] | list[Any]) -> None:
+    """Write JSON that any reader takes: NaN and infinity are refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, name: str, source: TokenizerSource) -> TokenizerFile:
+    """Write ``<name>/tokenizer.json``, read it back, and compare its ids with the original tokenizer's."""
+    from tokenizers import Tokenizer
+
+    path = folder / name / "tokenizer.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source.json, encoding="utf-8")
+    tokenizer = Tokenizer.from_file(str(path))
+    for prompt, ids in source.golden.items():
+        found = tuple(tokenizer.encode(prompt).ids)
+        if found != tuple(ids):
+            raise ExportError(
+                f"the written {name} gives other ids than the original for {prompt!r}: {list(found)}, "
+                f"expected {list(ids)}."
+            )
+    relative = path.relative_to(folder).as_posix()
+    return TokenizerFile(relative, file_sha256(path), source.length, dict(source.golden))
+
+
+def write_vectors(folder: Path, component: Component, cases: list[Case]) -> dict[str, Any]:
+    """Write the smallest cases with the original's outputs to ``reports/parity/<component>.npz``.
+
+    Arrays are named ``<case>/input/<name>`` and ``<case>/output/<name>``. Gives the manifest's record of the file.
+    """
+    chosen: list[Case] = []
+    for case in sorted(cases, key=Case.size):
+        if not chosen or sum(other.size() for other in chosen) + case.size() <= VECTOR_BYTES:
+            chosen.append(case)
+    arrays = {}
+    for index, case in enumerate(chosen):
+        arrays |= {f"{index}/input/{name}": array for name, array in case.inputs.items()}
+        arrays |= {f"{index}/output/{name}": array for name, array in case.outputs.items()}
+    path = folder / "reports" / "parity" / f"{component.name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    return {
+        "vectors": path.relative_to(folder).as_posix(),
+        "vectors_sha256": file_sha256(path),
+        "vector_cases": len(chosen),
+    }

@@ -67,16 +67,17 @@ class Conditioner:
             hint="leave guidance_scale out, or pass negative_encoder_hidden_states",
         )
 
-    def with_sizes(self, inputs: dict[str, Array], height: int, width: int) -> dict[str, Array]:
+    def with_sizes(
+        self, inputs: dict[str, Array], height: int, width: int, given: Array | None = None
+    ) -> dict[str, Array]:
         """``inputs`` with the time ids that SDXL takes: original size, crop corner and target size, in pixels."""
-        if self._conditioning.time_ids is None:
+        length = self._conditioning.time_ids
+        if length is None:
             return inputs
-        if self._conditioning.time_ids != 6:
-            raise UsageError(
-                f"this model takes {self._conditioning.time_ids} time ids; only SDXL's 6 can be made here."
-            )
-        ids = np.array([[height, width, 0, 0, height, width]], np.float32)
-        return {**inputs, "time_ids": np.repeat(ids, self._count, axis=0)}
+        if given is None and length != 6:
+            raise UsageError(f"this model takes {length} time ids, which cannot be made here.", hint="pass time_ids")
+        ids = np.array([[height, width, 0, 0, height, width]], np.float32) if given is None else np.atleast_2d(given)
+        return {**inputs, "time_ids": repeated(ids.astype(np.float32), self._count, "time_ids")}
 
     def branch(self, inputs: dict[str, Array], concat: Array | None) -> Branch:
         """One branch of guidance, with the UNet inputs that are declared and no others."""
@@ -184,8 +185,10 @@ def concat_input(
     """One conditioning picture, float32 ``[n, entry.channels, h, w]``, as it is appended to the UNet's sample."""
     manifest = bundle.manifest
     if entry.source == "segmentation":
-        labels = labels_from(semantic_map, manifest.conditioning.labels or entry.channels)
-        one_hot = (labels[:, None] == np.arange(manifest.conditioning.labels)[None, :, None, None]).astype(np.float32)
+        if manifest.conditioning.labels is None:
+            raise UsageError("this bundle does not say how many labels a semantic map has.")
+        labels = labels_from(semantic_map, manifest.conditioning.labels)
+        one_hot = (labels[:, None] == np.arange(manifest.conditioning.labels)[:, None, None]).astype(np.float32)
         return engine_of("cond_encoder").run({"segmentation": one_hot})["latent_condition"]
     if entry.source == "mask":
         assert mask is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from latentedge.runtime import guidance
 from latentedge.runtime.bundle import Array
 from latentedge.runtime.engines.base import Engine
 
@@ -25,13 +27,23 @@ class Branch:
 class Denoiser:
     """Evaluates every branch in one batch, or one after the other where memory is short.
 
-    Embeddings are written once for each binding, sample and timestep at each call.
+    Embeddings are written once for each binding, sample and timestep at each call. ``conditional`` is the index of
+    the branch that is left when guidance is off.
     """
 
-    def __init__(self, engine: Engine, branches: Sequence[Branch], combine: Combine, *, separate: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        branches: Sequence[Branch],
+        combine: Combine,
+        *,
+        conditional: int = 0,
+        separate: bool = False,
+    ) -> None:
         self._engine = engine
         self._branches = tuple(branches)
         self._combine = combine
+        self._conditional = conditional
         self._separate = separate
         self._written: tuple[int, ...] | None = None
         self._stacked: dict[tuple[int, ...], dict[str, Array]] = {}
@@ -40,6 +52,20 @@ class Denoiser:
     def __call__(self, sample: Array, timestep: float) -> Array:
         """Guided model output, float32 ``[N, C, h, w]``, for ``sample`` as the sampler scaled it."""
         return self.evaluate(sample, timestep, range(len(self._branches)), self._combine)
+
+    def within(self, sigmas: Array, begin: int, interval: tuple[float, float]) -> Callable[[Array, float], Array]:
+        """The same model, guided only where the evaluation's sigma lies inside ``interval``.
+
+        ``sigmas`` are those of every evaluation of the run, which starts at index ``begin``.
+        """
+        indices = itertools.count(begin)
+
+        def model(sample: Array, timestep: float) -> Array:
+            if guidance.within(float(sigmas[next(indices)]), interval):
+                return self(sample, timestep)
+            return self.evaluate(sample, timestep, (self._conditional,), guidance.only)
+
+        return model
 
     def evaluate(self, sample: Array, timestep: float, chosen: Sequence[int], combine: Combine) -> Array:
         """Evaluate only the ``chosen`` branches, by index, and combine their outputs."""

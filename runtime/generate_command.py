@@ -220,6 +220,7 @@ def _progress(steps: int, label: str) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     started, done = time.perf_counter(), [0]
+    bar: Any
     with click.progressbar(
         length=steps,
         label=label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class _Run:
     sampler: str | None
     schedule: dict[str, Any]
     guidance_scale: float
+    image_guidance_scale: float
+    strength: float
     eta: float
     draws: Draws
     pictures: Array | None = None
@@ -78,13 +80,20 @@ class _Run:
 class Pipeline:
     """Draws pictures from a bundle. Engines are opened when they are first needed."""
 
-    def __init__(self, bundle: Bundle, backend: str, precision: str, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        precision: str,
+        options: EngineOptions | None = None,
+        engines: Mapping[str, Engine] | None = None,
+    ) -> None:
         self.path = bundle.path
         self.backend = backend
         self.precision = precision
         self._bundle = bundle
         self._options = options or EngineOptions()
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, Engine] = dict(engines or {})
 
     @classmethod
     def open(
@@ -114,7 +123,7 @@ class Pipeline:
         if component not in self._engines:
             if self._options.low_memory:
                 self.close()
-            precision = selection.component_precision(self._bundle.component(component), self.precision)
+            precision = selection.component_precision(self._bundle.component(component), self.precision, self.backend)
             self._engines[component] = open_engine(self._bundle, component, self.backend, precision, self._options)
         return self._engines[component]
 
@@ -168,23 +177,22 @@ class Pipeline:
         run = self._prepare(request)
         if self.bundle.task == "reconstruction":
             return self._reconstruct(run)
-        latents: Array | None = None
-        clock = time.perf_counter()
         steps: list[float] = []
-        for step in self._steps(run):
+        latents, loop = self._begin(run)
+        clock = time.perf_counter()
+        for step in loop:
             steps.append(time.perf_counter() - clock)
             latents = step.latents
             if request.callback is not None and request.callback(step) is True:
                 break
             clock = time.perf_counter()
         run.timings["steps"] = steps
-        if latents is None:
-            latents = run.timings.pop("start")
         return self._finish(run, latents)
 
     def steps(self, prompt: str | Sequence[str] | None = None, **options: Any) -> Iterator[Step]:
         """The loop of :meth:`generate` as a generator: one ``Step`` for each evaluation of the model."""
-        yield from self._steps(self._prepare(Request.of(prompt, options)))
+        _, loop = self._begin(self._prepare(Request.of(prompt, options)))
+        yield from loop
 
     def decode(self, latents: Array, tile: int | None = None) -> Array:
         """Pictures, float32 ``[N, H, W, 3]`` in 0..1, from latents ``[N, C, h, w]`` in the model's own scale."""
@@ -206,19 +214,16 @@ class Pipeline:
         request.check(manifest)
         defaults = manifest.defaults
         seed = request.seed if request.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
-        pictures = None if request.image is None else images.pictures_from(request.image)
-        if pictures is not None and request.height is not None and request.width is not None:
-            pictures = images.resize_pictures(pictures, request.height, request.width)
-        mask = None if request.mask is None else (images.masks_from(request.mask) >= 0.5).astype(np.float32)
-        if mask is not None and pictures is not None and mask.shape[1:] != pictures.shape[1:3]:
-            raise UsageError(
-                f"the mask is {mask.shape[2]}x{mask.shape[1]}, its image {pictures.shape[2]}x{pictures.shape[1]}.",
-                hint="give both in the same size",
-            )
+        pictures, mask = self._pictures(request)
         count = _picture_count(request, pictures)
         schedule = dict(request.schedule if request.schedule is not None else manifest.schedule)
         schedule.setdefault("dialect", manifest.schedule.get("dialect", "diffusers"))
         scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        image_scale = request.image_guidance_scale
+        image_scale = defaults.image_guidance_scale if image_scale is None else image_scale
+        # A model that takes a picture beside its latent starts from noise; any other starts from the picture.
+        full = 1.0 if pictures is None or manifest.conditioning.concat else defaults.strength
+        strength = full if request.strength is None else request.strength
         return _Run(
             request=request,
             count=count,
@@ -226,6 +231,8 @@ class Pipeline:
             sampler=request.sampler or defaults.sampler,
             schedule=schedule,
             guidance_scale=float(scale),
+            image_guidance_scale=float(image_scale),
+            strength=float(strength),
             eta=defaults.eta if request.eta is None else request.eta,
             draws=Draws(NoiseStream(request.rng, seed), request.noise),
             pictures=None if pictures is None else repeated(pictures, count, "image"),
@@ -233,23 +240,64 @@ class Pipeline:
             timings={"seed": seed},
         )
 
-    def _steps(self, run: _Run) -> Iterator[Step]:
+    def _pictures(self, request: Request) -> tuple[Array | None, Array | None]:
+        """Picture and mask in the size that is drawn, the mask as 0 (keep) and 1 (paint)."""
+        if request.image is None:
+            return None, None
+        pictures = images.pictures_from(request.image)
+        mask = None if request.mask is None else images.masks_from(request.mask)
+        if mask is not None and mask.shape[1:] != pictures.shape[1:3]:
+            raise UsageError(
+                f"the mask is {mask.shape[2]}x{mask.shape[1]}, its image {pictures.shape[2]}x{pictures.shape[1]}.",
+                hint="give both in the same size",
+            )
+        height, width = self._fitting(pictures.shape[1], pictures.shape[2], request)
+        pictures = images.resize_pictures(pictures, height, width)
+        if mask is None:
+            return pictures, None
+        mask = images.resize_pictures(np.repeat(mask[..., None], 3, axis=-1), height, width)[..., 0]
+        return pictures, (mask >= 0.5).astype(np.float32)
+
+    def _fitting(self, height: int, width: int, request: Request) -> tuple[int, int]:
+        """The size asked for; else the picture's own, rounded down as the model's original does."""
+        if request.height is not None and request.width is not None:
+            return request.height, request.width
+        manifest = self.bundle
+        compvis = manifest.schedule.get("dialect") == "compvis"
+        if manifest.task in ("inpainting", "reconstruction", "super-resolution") and compvis:
+            return height, width
+        unit = 32 if manifest.task == "super-resolution" else manifest.latent.downscale
+        axes = self._bundle.component("unet").axes if "unet" in manifest.components else {}
+        if manifest.task != "super-resolution" and "latent_height" in axes:
+            unit *= axes["latent_height"].multiple
+        return max(height // unit, 1) * unit, max(width // unit, 1) * unit
+
+    def _begin(self, run: _Run) -> tuple[Array, Iterator[Step]]:
+        """The latents that the loop starts from, and the loop."""
         clock = time.perf_counter()
         height, width = self._latent_size(run)
         conditioner = Conditioner(self._bundle, self.engine, run.request, run.count)
-        conditional = conditioner.with_sizes(conditioner.conditional(), *self._pixels(height, width))
-        guided = self._is_guided(run.guidance_scale)
-        unconditional = {}
-        if guided:
-            unconditional = conditioner.with_sizes(conditioner.unconditional(conditional), *self._pixels(height, width))
+        pixels = self._pixels(height, width)
+        conditional = conditioner.with_sizes(conditioner.conditional(), *pixels, run.request.time_ids)
+        unconditional = None
+        if self._is_guided(run):
+            negative = run.request.negative_time_ids
+            sizes = run.request.time_ids if negative is None else negative
+            unconditional = conditioner.with_sizes(conditioner.unconditional(conditional), *pixels, sizes)
         run.timings["condition"] = time.perf_counter() - clock
         clock = time.perf_counter()
         latents, begin, known = self._start(run, height, width)
         concat = self._concat(run, height, width)
         run.timings["encode"] = time.perf_counter() - clock
-        denoiser = self._denoiser(run, conditioner, conditional, unconditional if guided else None, concat)
+        denoiser = self._denoiser(run, conditioner, conditional, unconditional, concat)
+        interval: tuple[float, float] | None = run.request.guidance_interval
+        model: samplers.Model = denoiser
+        if interval is not None and unconditional is not None:
+            plan = samplers.prepare(run.schedule, run.sampler, run.steps)
+            first = begin if run.request.start is None else run.request.start.index + 1
+            model = denoiser.within(plan.input_sigmas, first, interval)
         loop = samplers.sample(
-            denoiser,
+            model,
             latents,
             run.schedule,
             run.sampler,
@@ -259,7 +307,7 @@ class Pipeline:
             begin=begin,
             start=run.request.start,
         )
-        yield from loop if known is None else self._keep_known(run, loop, *known)
+        return latents, loop if known is None else self._keep_known(run, loop, *known)
 
     def _pixels(self, height: int, width: int) -> tuple[int, int]:
         return height * self.bundle.latent.downscale, width * self.bundle.latent.downscale
@@ -293,21 +341,20 @@ class Pipeline:
         manifest, request = self.bundle, run.request
         shape = (run.count, manifest.latent.channels, height, width)
         plan = samplers.prepare(run.schedule, run.sampler, run.steps)
-        from_picture = run.pictures is not None and not manifest.conditioning.concat
-        from_picture = from_picture or (run.pictures is not None and (request.strength or 1.0) < 1.0)
-        encoded = None
-        if from_picture:
-            assert run.pictures is not None
-            posterior = run.draws if request.latents is None or request.noise is not None else None
-            encoded = autoencoder.encode(
-                self.engine("vae_encoder"), manifest.latent, run.pictures, posterior, tile=request.tile
-            )
-        noise = self._initial_noise(request, shape, run.draws)
-        if encoded is None:
+        takes_picture = bool(manifest.conditioning.concat)
+        from_picture = run.pictures is not None and (not takes_picture or run.strength < 1)
+        if takes_picture and request.latents is not None:
+            from_picture = False
+        if not from_picture:
+            noise = self._initial_noise(request, shape, run.draws)
             return np.asarray(noise * np.float32(plan.init_noise_sigma), np.float32), 0, None
-        begin = plan.begin(1.0 if request.strength is None else request.strength)
-        known = None if run.mask is None or manifest.conditioning.concat else (encoded, noise)
-        return plan.add_noise(encoded, noise, begin), begin, known
+        assert run.pictures is not None
+        encoder = self.engine("vae_encoder")
+        encoded = autoencoder.encode(encoder, manifest.latent, run.pictures, run.draws, tile=request.tile)
+        noise = self._initial_noise(request, shape, run.draws)
+        begin = plan.begin(run.strength)
+        keeps = run.mask is not None and not takes_picture
+        return plan.noised_start(encoded, noise, begin), begin, (encoded, noise) if keeps else None
 
     @staticmethod
     def _initial_noise(request: Request, shape: tuple[int, ...], draws: Draws) -> Array:
@@ -337,12 +384,14 @@ class Pipeline:
         ]
         return np.concatenate([repeated(part, run.count, "image") for part in parts], axis=1)
 
-    def _is_guided(self, scale: float) -> bool:
-        """CompVis's scripts guide at any scale but 1, diffusers' pipelines above 1."""
-        conditioning = self.bundle.conditioning
+    def _is_guided(self, run: _Run) -> bool:
+        """Whether an unconditional branch is evaluated: where the original does, and never at a scale of 1."""
+        conditioning, scale = self.bundle.conditioning, run.guidance_scale
         if conditioning.guidance_embedding is not None or conditioning.cross_attention == "none":
             return False
-        return scale != 1 if self.bundle.schedule.get("dialect") == "compvis" else scale > 1
+        if conditioning.image_guidance:
+            return scale > 1 and run.image_guidance_scale >= 1
+        return scale != 1 if conditioning.guidance_below_one else scale > 1
 
     def _denoiser(
         self,
@@ -356,16 +405,16 @@ class Pipeline:
         if conditioning.guidance_embedding is not None:
             embedding = guidance.guidance_embedding(run.guidance_scale - 1, conditioning.guidance_embedding)
             conditional = {**conditional, "timestep_cond": np.repeat(embedding, run.count, axis=0)}
-        branches = [conditioner.branch(conditional, concat)]
+        branches, index = [conditioner.branch(conditional, concat)], 0
         combine: Combine = guidance.only
         if unconditional is not None and conditioning.image_guidance and concat is not None:
             uncond = conditioner.branch(unconditional, concat)
             branches = [branches[0], uncond, Branch(uncond.inputs, np.zeros_like(concat))]
-            combine = guidance.text_and_image(run.guidance_scale, run.request.image_guidance_scale)
+            combine = guidance.text_and_image(run.guidance_scale, run.image_guidance_scale)
         elif unconditional is not None:
-            branches = [conditioner.branch(unconditional, concat), branches[0]]
+            branches, index = [conditioner.branch(unconditional, concat), branches[0]], 1
             combine = guidance.classifier_free(run.guidance_scale, run.request.guidance_rescale)
-        return Denoiser(self.engine("unet"), branches, combine, separate=self._options.low_memory)
+        return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=self._options.low_memory)
 
     def _keep_known(self, run: _Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
         """Put the noised picture back outside of the mask after every step (a model without a mask input)."""
@@ -405,12 +454,8 @@ def _picture_count(request: Request, pictures: Array | None) -> int:
     """Pictures of one request: the longest of what was given, times ``batch_size``."""
     if request.latents is not None:
         return len(request.latents)
-    lengths = [
-        1 if isinstance(value, str) or np.ndim(value) == 0 else len(value)
-        for value in (request.prompt, request.class_label)
-        if value is not None
-    ]
+    given = (request.prompt, request.class_label, request.seed)
+    lengths = [len(value) for value in given if isinstance(value, Sequence) and not isinstance(value, str)]
     arrays = (request.prompt_ids, request.encoder_hidden_states, pictures)
     lengths += [len(array) for array in arrays if isinstance(array, np.ndarray)]
-    lengths += [len(request.seed)] if isinstance(request.seed, Sequence) else []
     return max(lengths, default=1) * (request.batch_size or 1)

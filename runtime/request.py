@@ -27,7 +27,7 @@ class Request:
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
-    image_guidance_scale: float = 1.5
+    image_guidance_scale: float | None = None
     image: Picture = None
     mask: Picture = None
     strength: float | None = None
@@ -47,6 +47,8 @@ class Request:
     negative_encoder_hidden_states: Array | None = None
     text_embeds: Array | None = None
     negative_text_embeds: Array | None = None
+    time_ids: Array | None = None
+    negative_time_ids: Array | None = None
     start: Any = None
 
     @classmethod

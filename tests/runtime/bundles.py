@@ -44,8 +44,13 @@ def unet(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
     for name, array in inputs.items():
         if name not in ("sample", "timestep"):
             output = output + 0.05 * array.mean(axis=tuple(range(1, array.ndim)))[:, None, None, None]
-    return {"out_sample": (output + 0.05 * inputs["sample"][:, 4:].mean(axis=(1,), keepdims=True).sum(1, keepdims=True)
-                           if inputs["sample"].shape[1] > 4 else output).astype(np.float32)}
+    return {
+        "out_sample": (
+            output + 0.05 * inputs["sample"][:, 4:].mean(axis=(1,), keepdims=True).sum(1, keepdims=True)
+            if inputs["sample"].shape[1] > 4
+            else output
+        ).astype(np.float32)
+    }
 
 
 def decoder(inputs: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,7 +33,7 @@ def test_spans_cover_with_equal_sides_and_overlap(length: int, side: int) -> Non
     assert tiles[0][0] == 0
     assert tiles[-1][1] == length
     assert {end - start for start, end in tiles} == {min(side, length)}
-    for (_, end), (start, _) in zip(tiles, tiles[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(tiles):
         assert end - start >= overlap
 
 

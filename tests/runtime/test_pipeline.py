@@ -67,6 +67,16 @@ def test_guidance_in_two_runs_equals_one_batch() -> None:
     assert np.abs(together.latents - apart.latents).max() < 1e-6
 
 
+def test_guidance_only_inside_an_interval_of_sigmas() -> None:
+    unet, batches = counting_unet()
+    pipe = bundles.pipeline(unet=unet)
+    steps = list(
+        pipe.steps(prompt_ids=IDS, negative_prompt_ids=NEGATIVE, latents=LATENTS, guidance_interval=(0.5, 3.0))
+    )
+    assert batches == [4 if 0.5 <= step.sigma <= 3.0 else 2 for step in steps]
+    assert set(batches) == {2, 4}
+
+
 def test_the_negative_prompt_and_the_scale_matter() -> None:
     pipe = bundles.pipeline()
     base = draw(pipe, latents=LATENTS).latents
@@ -92,7 +102,9 @@ def test_a_batch_of_two_equals_two_batches_of_one() -> None:
 def test_strength_zero_returns_the_picture() -> None:
     picture = np.random.default_rng(1).random((1, 32, 32, 3)).astype(np.float32)
     pipe = bundles.pipeline()
-    result = draw(pipe, image=picture, strength=0.0, seed=5, rng="numpy", noise=np.zeros((1, 1, 4, 8, 8)), latents=LATENTS[:1])
+    result = draw(
+        pipe, image=picture, strength=0.0, seed=5, rng="numpy", noise=np.zeros((1, 1, 4, 8, 8)), latents=LATENTS[:1]
+    )
     assert np.abs(result.latents - pipe.encode(picture)).max() < 1e-6
 
 
@@ -100,7 +112,9 @@ def test_more_strength_moves_further_from_the_picture() -> None:
     picture = np.random.default_rng(1).random((1, 32, 32, 3)).astype(np.float32)
     pipe = bundles.pipeline()
     start = pipe.encode(picture)
-    far = [np.abs(draw(pipe, image=picture, strength=value, seed=5).latents - start).mean() for value in (0.2, 0.6, 1.0)]
+    far = [
+        np.abs(draw(pipe, image=picture, strength=value, seed=5).latents - start).mean() for value in (0.2, 0.6, 1.0)
+    ]
     assert far[0] < far[1] < far[2]
 
 

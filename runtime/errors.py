@@ -35,6 +35,10 @@ class EngineError(LatentEdgeError):
     """An engine library refused a graph, an input, or a device."""
 
 
+class PrecisionError(EngineError):
+    """A device does not compute in the precision of a graph."""
+
+
 class ParityError(LatentEdgeError):
     """An exported component does not reproduce the original."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from latentedge.runtime import selection
 from latentedge.runtime.bundle import Array, Bundle, Component, TokenizerFile, Variant, file_sha256
 from latentedge.runtime.engines import EngineOptions, open_engine
-from latentedge.runtime.errors import LatentEdgeError, UsageError
+from latentedge.runtime.errors import LatentEdgeError, PrecisionError, UsageError
 from latentedge.runtime.parity import FLOORS, TensorParity, compare
 
 OK, FAILED, SKIPPED = "ok", "FAILED", "skipped"
@@ -150,7 +150,7 @@ def _check_graph(
                     worst[name] = found.worse_of(worst[name]) if name in worst else found
     except LatentEdgeError as error:
         # A device without this precision is a fault only where the caller asked for it.
-        refused = isinstance(error, UsageError) and not asked
+        refused = isinstance(error, PrecisionError) and not asked
         yield Check("graph", subject, SKIPPED if refused else FAILED, error.message)
         return
     yield _judge(subject, worst, floor_of(variant, precision))

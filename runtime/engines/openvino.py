@@ -11,7 +11,7 @@ import numpy as np
 
 from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec
 from latentedge.runtime.engines.base import Engine, EngineOptions
-from latentedge.runtime.errors import EngineError, UsageError
+from latentedge.runtime.errors import EngineError, PrecisionError, UsageError
 from latentedge.runtime.machine import usable_cores
 
 #: Compiled shapes that an engine keeps: guidance with an interval alternates between one and two branches.
@@ -77,7 +77,7 @@ class OpenVINOEngine(Engine):
         offered = list(self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES"))
         absent = [name for name in PRECISIONS[precision].needs if name not in offered]
         if absent:
-            raise EngineError(
+            raise PrecisionError(
                 f"{self._device.lower()} does not compute in {precision} with openvino: it lacks {', '.join(absent)}, "
                 f"and offers {', '.join(sorted(offered))}.",
                 hint="choose --precision auto, or fp32",

@@ -281,6 +281,7 @@ class UNetModel(nn.Module):
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
+        self.channel_mult = tuple(channel_mult)
         self.context_width = context if use_spatial_transformer else None
         self.model_channels = model_channels
         width = 4 * model_channels

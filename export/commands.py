@@ -1,0 +1,119 @@
+"""``latentedge export`` and ``export-and-build``. Imports torch only when a command runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from latentedge.export.targets import DEFAULT_TARGET, targets
+from latentedge.runtime.bundle import Bundle
+from latentedge.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from latentedge.export.model import SourceOptions
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.argument("source"),
+    click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."),
+    click.option("--precision", default="fp32", show_default=True, help="Variants to write: fp32, fp16 or fp32,fp16."),
+    click.option(
+        "--target",
+        type=click.Choice(list(targets())),
+        default=DEFAULT_TARGET,
+        show_default=True,
+        help="What the graphs must run on.",
+    ),
+    click.option("--config", type=click.Path(path_type=Path), help="YAML file of a single-file checkpoint."),
+    click.option("--tokenizer", help="Folder or hub id of the tokenizer, where the checkpoint has none."),
+    click.option("--lora", "loras", multiple=True, metavar="FILE:WEIGHT", help="LoRA to merge in; may be repeated."),
+    click.option("--overwrite", is_flag=True, help="Replace an existing bundle."),
+    click.option("--json", "as_json", is_flag=True, help="Write the summary to stdout as JSON."),
+)
+
+
+def _with_options(command: Command) -> Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_with_options
+def export(as_json: bool, **arguments: Any) -> None:
+    """Turn a checkpoint into a bundle, and prove every network against the original.
+
+    SOURCE is a checkpoint folder (CompVis: one .ckpt or .safetensors and one .yaml; diffusers: model_index.json; ONNX
+    as optimum writes it), a single file, or a hub id.
+    """
+    from latentedge.export.summary import print_summary, summary_of
+
+    bundle = run_export(**arguments)
+    if as_json:
+        click.echo(json.dumps(summary_of(bundle), indent=2))
+    print_summary(bundle)
+
+
+@click.command("export-and-build")
+@_with_options
+@click.option("--backend", default="onnxruntime", show_default=True, help="Engine library to build for.")
+def export_and_build(as_json: bool, backend: str, **arguments: Any) -> None:
+    """Export a checkpoint, then build and time its engines on this machine.
+
+    SOURCE is what `latentedge export` takes.
+    """
+    from latentedge.export.latency import measure_bundle
+    from latentedge.export.summary import print_summary, summary_of
+    from latentedge.runtime.engines import backend as find_backend
+
+    find_backend(backend)
+    exported = run_export(**arguments)
+    bundle = measure_bundle(exported, backend, lambda message: click.echo(f"note: {message}", err=True))
+    if as_json:
+        click.echo(json.dumps(summary_of(bundle), indent=2))
+    print_summary(bundle)
+
+
+def run_export(
+    source: str,
+    output: Path,
+    precision: str,
+    target: str,
+    config: Path | None,
+    tokenizer: str | None,
+    loras: tuple[str, ...],
+    overwrite: bool,
+) -> Bundle:
+    """Load the source and export it, with progress on a terminal."""
+    from latentedge.export.exporter import ExportOptions, export_source
+    from latentedge.export.model import SourceOptions
+    from latentedge.export.sources import load_source
+    from latentedge.export.summary import progress_on_terminal
+
+    precisions = precisions_from(precision)
+    source_options: SourceOptions = SourceOptions(config, tokenizer, tuple(lora_from(text) for text in loras))
+    model = load_source(source, source_options)
+    with progress_on_terminal([component.spec.name for component in model.components]) as (progress, notify):
+        options = ExportOptions(precisions, target, overwrite, notify=notify, progress=progress)
+        return export_source(model, output, options)
+
+
+def precisions_from(text: str) -> tuple[str, ...]:
+    """``"fp32,fp16"`` as names in that order, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def lora_from(text: str) -> tuple[Path, float]:
+    """``"style.safetensors:0.8"`` as (file, weight); without a weight it is 1."""
+    file, colon, weight = text.rpartition(":")
+    if not colon:
+        return Path(text), 1.0
+    try:
+        return Path(file), float(weight)
+    except ValueError as error:
+        raise UsageError(f"--lora takes FILE or FILE:WEIGHT such as style.safetensors:0.8, found {text!r}.") from error

@@ -1,0 +1,179 @@
+"""From the parts of a diffusers folder to components: tensors, axes, sample inputs and how to build each network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from latentedge.export.model import ComponentSource
+from latentedge.export.sources.diffusers_loading import Lora, Part, builder
+from latentedge.runtime.bundle import Array, Axis, Component, TensorSpec
+
+TEXT_BATCH = Axis(1, 1, 16)
+UNET_BATCH = Axis(1, 2, 16)
+PICTURE_BATCH = Axis(1, 1, 8)
+#: Picture sizes are compared on latents of at most this side, so that a comparison takes seconds.
+COMPARED_SIDE = 32
+TRAIN_TIMESTEPS = 1000
+
+
+def side_of(size: int | Sequence[int]) -> tuple[int, int]:
+    """A configuration's ``sample_size`` as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def halvings(config: Mapping[str, Any]) -> int:
+    """How often a UNet or a first stage halves a side."""
+    return len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1
+
+
+def latent_axes(size: tuple[int, int], smallest: int, batch: Axis) -> dict[str, Axis]:
+    """Batch and latent sides: tuned for ``size``, allowed up to twice that."""
+    smallest = min(smallest, *size)
+    return {
+        "batch": batch,
+        "latent_height": Axis(smallest, size[0], max(2 * size[0], COMPARED_SIDE)),
+        "latent_width": Axis(smallest, size[1], max(2 * size[1], COMPARED_SIDE)),
+    }
+
+
+def compared_axes(axes: Mapping[str, Axis]) -> tuple[dict[str, int], tuple[dict[str, int], ...]]:
+    """Axis lengths to trace with, and others to compare on: another batch, wide, high, and the smallest."""
+    if "latent_height" not in axes:
+        return {"batch": 2}, ({"batch": 1}, {"batch": 3})
+    height = min(axes["latent_height"].opt, COMPARED_SIDE)
+    width = min(axes["latent_width"].opt, COMPARED_SIDE)
+    low, narrow = axes["latent_height"].min, axes["latent_width"].min
+    traced = {"batch": 2, "latent_height": height, "latent_width": max(width * 3 // 4, narrow)}
+    others = (
+        {"batch": 1, "latent_height": height, "latent_width": width},
+        {"batch": 3, "latent_height": low, "latent_width": max(width // 2, narrow)},
+    )
+    return traced, others
+
+
+def _source(spec: Component, build: Any, sample_inputs: Any) -> ComponentSource:
+    traced, others = compared_axes(spec.axes)
+    return ComponentSource(spec, build, sample_inputs, traced, others)
+
+
+def unet_component(
+    part: Part, conditions: Mapping[str, tuple[int, ...]], size: tuple[int, int], loras: Sequence[Lora]
+) -> ComponentSource:
+    """The denoiser; ``conditions`` are its inputs after sample and timestep, with their shapes without the batch."""
+    config = part.config
+    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH)
+    sides = ("latent_height", "latent_width")
+    inputs = [
+        TensorSpec("sample", "float32", ("batch", int(config["in_channels"]), *sides)),
+        TensorSpec("timestep", "float32", ("batch",)),
+        *(TensorSpec(name, "float32", ("batch", *shape)) for name, shape in conditions.items()),
+    ]
+    outputs = (TensorSpec("out_sample", "float32", ("batch", int(config["out_channels"]), *sides)),)
+    spec = Component("unet", tuple(inputs), outputs, axes)
+
+    def wrap(model: Any) -> Any:
+        from latentedge.export.sources.diffusers_unets import UNETS
+
+        return UNETS[tuple(conditions)](model)
+
+    def sample_inputs(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
+        return {entry.name: _unet_input(entry, lengths, random) for entry in inputs}
+
+    return _source(spec, builder(part, wrap, loras), sample_inputs)
+
+
+def _unet_input(spec: TensorSpec, lengths: Mapping[str, int], random: np.random.Generator) -> Array:
+    shape = spec.resolve(lengths)
+    if spec.name == "timestep":
+        return random.uniform(0, TRAIN_TIMESTEPS - 1, shape).astype(np.float32)
+    if spec.name == "time_ids":
+        return random.integers(0, 2048, shape).astype(np.float32)
+    if spec.name == "timestep_cond":
+        return np.sin(random.uniform(0, 2 * np.pi, shape)).astype(np.float32)
+    return random.standard_normal(shape).astype(np.float32)
+
+
+def text_component(part: Part, outputs: Sequence[str], loras: Sequence[Lora]) -> ComponentSource:
+    """A text encoder with the outputs named."""
+    bert = part.kind == "LDMBertModel"
+    width = int(part.config["d_model" if bert else "hidden_size"])
+    length = int(part.config["max_position_embeddings"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "pooler_output": (width,),
+        "text_embeds": (int(part.config.get("projection_dim") or width),),
+    }
+    spec = Component(
+        part.name if not bert else "text_encoder",
+        (TensorSpec("input_ids", "int64", ("batch", length)),),
+        tuple(TensorSpec(name, "float32", ("batch", *shapes.get(name, (length, width)))) for name in outputs),
+        {"batch": TEXT_BATCH},
+    )
+
+    def wrap(model: Any) -> Any:
+        from latentedge.export.sources import diffusers_text
+
+        return diffusers_text.LdmBertTextEncoder(model) if bert else diffusers_text.ClipTextEncoder(model, outputs)
+
+    def sample_inputs(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
+        ids = random.integers(0, int(part.config["vocab_size"]), (lengths["batch"], length))
+        end = int(part.config.get("eos_token_id") or 0)
+        for row, text in zip(ids, random.integers(2, length, len(ids)), strict=True):
+            row[text:] = end
+        return {"input_ids": ids.astype(np.int64)}
+
+    return _source(spec, builder(part, wrap, loras), sample_inputs)
+
+
+def first_stage_components(
+    part: Part, size: tuple[int, int], scale_factor: float, *, encoder: bool, normalised: bool = False
+) -> list[ComponentSource]:
+    """Encoder (where it is asked for) and decoder of a first stage, as ``vae_encoder`` and ``vae_decoder``."""
+    factor = 2 ** halvings(part.config)
+    channels = int(part.config.get("vq_embed_dim") or part.config["latent_channels"])
+    picture = tuple(f"{factor}*{axis}" if factor > 1 else axis for axis in ("latent_height", "latent_width"))
+    axes = latent_axes(size, 2, PICTURE_BATCH)
+    statistics = [part.config.get("latents_mean"), part.config.get("latents_std")] if normalised else [None, None]
+    codings = _codings(part.kind, statistics)
+    latent = TensorSpec("latent_sample", "float32", ("batch", channels, "latent_height", "latent_width"))
+    sample = TensorSpec("sample", "float32", ("batch", int(part.config["in_channels"]), *picture))
+    decoded = TensorSpec("sample", "float32", ("batch", int(part.config["out_channels"]), *picture))
+    moments = TensorSpec("latent_parameters", "float32", ("batch", 2 * channels, "latent_height", "latent_width"))
+
+    def pictures(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
+        return {"sample": random.uniform(-1, 1, sample.resolve(lengths)).astype(np.float32)}
+
+    def latents(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
+        draws = random.standard_normal(latent.resolve(lengths)).astype(np.float32)
+        return {"latent_sample": np.asarray(draws / np.float32(scale_factor), np.float32)}
+
+    components = []
+    if encoder:
+        output = moments if part.kind == "AutoencoderKL" else latent
+        spec = Component("vae_encoder", (sample,), (output,), axes)
+        components.append(_source(spec, builder(part, codings[0]), pictures))
+    spec = Component("vae_decoder", (latent,), (decoded,), axes)
+    components.append(_source(spec, builder(part, codings[1]), latents))
+    return components
+
+
+def _codings(kind: str, statistics: Sequence[Any]) -> tuple[Any, Any]:
+    """What wraps the loaded model as encoder and as decoder. The networks' module needs torch, so it waits."""
+
+    def encoder(model: Any) -> Any:
+        from latentedge.export.sources import diffusers_autoencoders as networks
+
+        if kind == "AutoencoderKL":
+            return networks.MomentsEncoder(model, *statistics)
+        return networks.CodebookEncoder(model) if kind == "VQModel" else networks.PlainCoder(model.encoder)
+
+    def decoder(model: Any) -> Any:
+        from latentedge.export.sources import diffusers_autoencoders as networks
+
+        if kind == "AutoencoderKL":
+            return networks.LatentDecoder(model, *statistics)
+        return networks.CodebookDecoder(model) if kind == "VQModel" else networks.PlainCoder(model.decoder)
+
+    return encoder, decoder

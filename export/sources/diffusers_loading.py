@@ -1,0 +1,239 @@
+"""One component of a diffusers folder at a time: found, loaded strictly, LoRA files merged."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentedge.runtime.errors import LatentEdgeError, MissingDependencyError
+
+#: Classes of components by the name that model_index.json gives; the module they are in.
+CLASSES = {
+    "UNet2DConditionModel": "diffusers",
+    "UNet2DModel": "diffusers",
+    "AutoencoderKL": "diffusers",
+    "VQModel": "diffusers",
+    "AutoencoderTiny": "diffusers",
+    "CLIPTextModel": "transformers",
+    "CLIPTextModelWithProjection": "transformers",
+    "LDMBertModel": "diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion",
+}
+WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+LISTED_KEYS = 10
+
+
+def library(name: str) -> Any:
+    """Import a library of the ``diffusers`` extra; :class:`MissingDependencyError` names the extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a diffusers checkpoint needs the library {name.partition('.')[0]}: {error}.",
+            hint="pip install 'latentedge[export,diffusers]'",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component's folder: which class it is, its configuration, and the weight files to read."""
+
+    name: str
+    kind: str
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    #: diffusers' name for a set of weight files such as "fp16"; ``None``: the plain one.
+    variant: str | None
+
+
+def read_part(root: Path, name: str, kind: str) -> Part:
+    """Describe the component ``name`` of ``root``; ``name`` may be "" for ``root`` itself."""
+    folder = root / name
+    if kind not in CLASSES:
+        raise LatentEdgeError(
+            f"{folder} is a {kind}, which this export does not know.",
+            hint=f"known are: {', '.join(CLASSES)}",
+        )
+    files, variant = _weights(folder)
+    own = read_json(folder / "config.json")
+    return Part(name, kind, folder, {**_defaults(kind), **own}, files, variant)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; :class:`LatentEdgeError` when it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LatentEdgeError(f"{path} is missing.", hint="copy or download the whole checkpoint folder") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LatentEdgeError(f"{path} is damaged: {error}.", hint="copy or download it again") from error
+    if not isinstance(data, dict):
+        raise LatentEdgeError(f"{path} holds no JSON object.")
+    return data
+
+
+def component_class(kind: str) -> Any:
+    """The class of a component."""
+    return getattr(library(CLASSES[kind]), kind)
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    """What the class assumes for fields that a configuration leaves out."""
+    if CLASSES[kind] != "diffusers":
+        return dict(component_class(kind).config_class().to_dict())
+    parameters = inspect.signature(component_class(kind).__init__).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.default is not inspect.Parameter.empty}
+
+
+def _weights(folder: Path) -> tuple[tuple[Path, ...], str | None]:
+    """The weight files of a component, safetensors first, the plain variant before others."""
+    for suffix in WEIGHT_SUFFIXES:
+        found = [
+            path
+            for path in sorted(folder.glob(f"*{suffix}"))
+            if path.name.startswith(WEIGHT_NAMES) and "non_ema" not in path.name
+        ]
+        variants = {_variant(path): None for path in found}
+        if found:
+            chosen = None if None in variants else next(iter(variants))
+            return tuple(path for path in found if _variant(path) == chosen), chosen
+    raise LatentEdgeError(
+        f"{folder} holds no weights.", hint="expected diffusion_pytorch_model.safetensors or model.safetensors there"
+    )
+
+
+def _variant(path: Path) -> str | None:
+    """"fp16" of ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
+    middle = path.name.split(".")[1:-1]
+    return middle[0].partition("-")[0] if middle else None
+
+
+def load(part: Part) -> Any:
+    """The component in float32 on the CPU, every key of it found; :class:`LatentEdgeError` lists those that are not."""
+    torch = library("torch")
+    options: dict[str, Any] = {"output_loading_info": True, "variant": part.variant}
+    options["use_safetensors"] = part.files[0].suffix == ".safetensors"
+    options["torch_dtype" if CLASSES[part.kind] == "diffusers" else "dtype"] = torch.float32
+    try:
+        model, info = component_class(part.kind).from_pretrained(part.folder, **options)
+    except (OSError, ValueError, RuntimeError, *_safetensors_errors()) as error:
+        raise LatentEdgeError(
+            f"{part.folder} cannot be loaded: {_first_line(error)}", hint="copy or download the weights again"
+        ) from error
+    _check_keys(part, info)
+    return model
+
+
+def _safetensors_errors() -> tuple[type[Exception], ...]:
+    return (library("safetensors").SafetensorError,)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check_keys(part: Part, info: Mapping[str, Iterable[Any]]) -> None:
+    problems = []
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(str(key) for key in info.get(what, ()) if "position_ids" not in str(key))
+        if keys:
+            shown = ", ".join(keys[:LISTED_KEYS]) + (", ..." if len(keys) > LISTED_KEYS else "")
+            problems.append(f"{len(keys)} {what.replace('_', ' ')}: {shown}")
+    if problems:
+        raise LatentEdgeError(
+            f"the weights in {part.folder} do not fit its config.json; {'; '.join(problems)}.",
+            hint="config.json and weights must come from the same checkpoint",
+        )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, the scale to merge it with, and how diffusers' pipelines read such a file."""
+
+    path: Path
+    scale: float
+    pipeline: str
+    unet_config: Mapping[str, Any]
+
+    def tensors(self) -> tuple[dict[str, Any], dict[str, float] | None]:
+        """Keys as diffusers names them, and the alphas; :class:`LatentEdgeError` when the file is no LoRA."""
+        if not self.path.is_file():
+            raise LatentEdgeError(f"there is no LoRA file {self.path}.")
+        pipeline = getattr(library("diffusers"), self.pipeline)
+        try:
+            state, alphas = pipeline.lora_state_dict(str(self.path), unet_config=_Fields(self.unet_config))
+        except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
+            raise LatentEdgeError(f"{self.path} is no LoRA that diffusers reads: {_first_line(error)}") from error
+        return state, alphas
+
+
+class _Fields(dict[str, Any]):
+    """A configuration whose fields are attributes, as diffusers' readers expect it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+def lora_targets(lora: Lora, components: Sequence[str]) -> tuple[str, ...]:
+    """Which of ``components`` a LoRA changes; :class:`LatentEdgeError` when it changes none."""
+    state, _ = lora.tensors()
+    targets = tuple(name for name in components if any(key.startswith(f"{name}.") for key in state))
+    if not targets:
+        raise LatentEdgeError(
+            f"{lora.path} changes none of {', '.join(components)}; its keys start with {next(iter(state), 'nothing')}.",
+            hint="a LoRA belongs to one family of models: Stable Diffusion 1, 2 or XL",
+        )
+    return targets
+
+
+def merge(model: Any, name: str, loras: Iterable[Lora]) -> None:
+    """Merge every LoRA that has keys for the component ``name`` into its weights, for good."""
+    for number, lora in enumerate(loras):
+        state, alphas = lora.tensors()
+        if not any(key.startswith(f"{name}.") for key in state):
+            continue
+        library("peft")
+        pipeline = getattr(library("diffusers"), lora.pipeline)
+        adapter = f"lora{number}"
+        if name == "unet":
+            pipeline.load_lora_into_unet(state, network_alphas=alphas, unet=model, adapter_name=adapter)
+        else:
+            pipeline.load_lora_into_text_encoder(
+                state, network_alphas=alphas, text_encoder=model, prefix=name, adapter_name=adapter
+            )
+        _merge_layers(model, lora, adapter)
+
+
+def _merge_layers(model: Any, lora: Lora, adapter: str) -> None:
+    tuner = library("peft.tuners.tuners_utils").BaseTunerLayer
+    layers = [module for module in model.modules() if isinstance(module, tuner)]
+    if not layers:
+        raise LatentEdgeError(f"{lora.path} changed no layer of the model: its layers' names or sizes do not fit.")
+    for layer in layers:
+        layer.scale_layer(lora.scale)
+        layer.merge(safe_merge=True, adapter_names=[adapter])
+    library("diffusers.utils.peft_utils").recurse_remove_peft_layers(model)
+    # What the two libraries remember of an adapter would name layers that are gone.
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+
+
+def builder(part: Part, wrap: Callable[[Any], Any], loras: Sequence[Lora] = ()) -> Callable[[], Any]:
+    """A function that loads the component, merges LoRA files and wraps it, when it is called."""
+
+    def build() -> Any:
+        model = load(part)
+        merge(model, part.name, loras)
+        return wrap(model).eval()
+
+    return build

@@ -1,0 +1,407 @@
+"""What each pipeline class of diffusers is: its task, its parts, its conditioning and its defaults.
+
+The defaults of ``generate`` are those of the class's own ``__call__``. What the runtime does with the conditioning
+(order of the branches, scaling, draws) is described in ``docs/bundle.md``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latentedge.export.model import ComponentSource, SourceModel, SourceOptions, TokenizerSource
+from latentedge.export.sources.diffusers_components import (
+    first_stage_components,
+    halvings,
+    side_of,
+    text_component,
+    unet_component,
+)
+from latentedge.export.sources.diffusers_loading import (
+    Lora,
+    Part,
+    component_class,
+    library,
+    lora_targets,
+    read_json,
+    read_part,
+)
+from latentedge.export.sources.tokenizers import load_tokenizer
+from latentedge.runtime.bundle import (
+    Conditioning,
+    ConcatInput,
+    Defaults,
+    Latent,
+    Source,
+    TextEncoder,
+    file_sha256,
+)
+from latentedge.runtime.errors import LatentEdgeError
+
+ENCODINGS = {"AutoencoderKL": "kl", "VQModel": "vq", "AutoencoderTiny": "plain"}
+SDXL_TIME_IDS = 6
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A pipeline class: where its parts are and how they are used."""
+
+    class_name: str
+    family: str
+    task: str
+    first_stage: str = "vae"
+    #: Text encoder and tokenizer folders, in order.
+    text: tuple[tuple[str, str], ...] = ()
+    concat: tuple[ConcatInput, ...] = ()
+    image_guidance: bool = False
+    guidance_below_one: bool = False
+    #: Whether latents are divided by the first stage's scaling_factor.
+    scaled: bool = True
+    #: The class that reads LoRA files for this family.
+    lora_pipeline: str | None = None
+
+
+CLIP = (("text_encoder", "tokenizer"),)
+CLIP_TWICE = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+INPAINTING = (
+    ConcatInput("mask", 1, mask_values=(0.0, 1.0)),
+    ConcatInput("masked_image_latent", 4, scaled=True, posterior="sample", hole_value=0.0),
+)
+EDITING = (ConcatInput("image_latent", 4, scaled=False, posterior="mode"),)
+SD, SDXL, LDM = "stable-diffusion", "stable-diffusion-xl", "latent-diffusion"
+SD_LORA, SDXL_LORA = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+
+KINDS = (
+    Kind("StableDiffusionPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
+    Kind("StableDiffusionImg2ImgPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
+    Kind("StableDiffusionInpaintPipeline", SD, "inpainting", text=CLIP, concat=INPAINTING, lora_pipeline=SD_LORA),
+    Kind(
+        "StableDiffusionInstructPix2PixPipeline",
+        SD,
+        "instruct-pix2pix",
+        text=CLIP,
+        concat=EDITING,
+        image_guidance=True,
+        lora_pipeline=SD_LORA,
+    ),
+    Kind("LatentConsistencyModelPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
+    Kind("LatentConsistencyModelImg2ImgPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
+    Kind("StableDiffusionXLPipeline", SDXL, "text-to-image", text=CLIP_TWICE, lora_pipeline=SDXL_LORA),
+    Kind("StableDiffusionXLImg2ImgPipeline", SDXL, "text-to-image", text=CLIP_TWICE, lora_pipeline=SDXL_LORA),
+    Kind(
+        "StableDiffusionXLInpaintPipeline",
+        SDXL,
+        "inpainting",
+        text=CLIP_TWICE,
+        concat=INPAINTING,
+        lora_pipeline=SDXL_LORA,
+    ),
+    Kind(
+        "LDMTextToImagePipeline",
+        LDM,
+        "text-to-image",
+        first_stage="vqvae",
+        text=(("bert", "tokenizer"),),
+        guidance_below_one=True,
+    ),
+    Kind(
+        "LDMSuperResolutionPipeline",
+        LDM,
+        "super-resolution",
+        first_stage="vqvae",
+        concat=(ConcatInput("low_resolution_image", 3),),
+        scaled=False,
+    ),
+    Kind("LDMPipeline", LDM, "unconditional", first_stage="vqvae"),
+)
+PIPELINES = {kind.class_name: kind for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one pipeline's folder that are needed."""
+
+    unet: Part
+    first_stage: Part
+    text: tuple[Part, ...]
+    tokenizers: tuple[Path, ...]
+
+
+def read_pipeline(folder: Path, index: Mapping[str, Any], kind: Kind, options: SourceOptions) -> SourceModel:
+    """Describe the pipeline in ``folder``; nothing but configurations, tokenizers and file hashes is read."""
+    parts = _parts(folder, index, kind)
+    kind = _as_the_unet_needs(kind, parts.unet)
+    messages: list[str] = []
+    loras = _loras(options, kind, parts)
+    scale_factor = float(parts.first_stage.config.get("scaling_factor") or 1.0) if kind.scaled else 1.0
+    tokenizers = _tokenizers(parts, options, messages)
+    conditioning = _conditioning(kind, parts, index, tokenizers)
+    first_stage = parts.first_stage
+    factor = 2 ** halvings(first_stage.config)
+    return SourceModel(
+        family=kind.family,
+        task=kind.task,
+        source=Source("diffusers", _hashes(folder, parts, loras), _licence(folder), tuple(_notes(loras))),
+        latent=Latent(
+            channels=int(parts.unet.config["out_channels"]),
+            downscale=factor,
+            scale_factor=scale_factor,
+            encoding=ENCODINGS[first_stage.kind],
+        ),
+        conditioning=conditioning,
+        schedule={**read_json(folder / "scheduler" / "scheduler_config.json"), "dialect": "diffusers"},
+        defaults=_defaults(kind, parts, folder, index, factor, messages),
+        components=tuple(_components(kind, parts, conditioning, scale_factor, loras)),
+        tokenizers=tokenizers,
+        model_index=dict(index),
+        messages=tuple(messages),
+    )
+
+
+def _parts(folder: Path, index: Mapping[str, Any], kind: Kind) -> Parts:
+    def part(name: str) -> Part:
+        entry = index.get(name)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+            raise LatentEdgeError(
+                f"{folder / 'model_index.json'} names no {name}, which a {kind.class_name} needs.",
+                hint="copy or download the whole checkpoint folder",
+            )
+        return read_part(folder, name, str(entry[1]))
+
+    text = [(part(encoder), folder / tokenizer) for encoder, tokenizer in kind.text if _present(index, encoder)]
+    if kind.text and not text:
+        part(kind.text[-1][0])
+    return Parts(
+        part("unet"), part(kind.first_stage), tuple(entry for entry, _ in text), tuple(path for _, path in text)
+    )
+
+
+def _present(index: Mapping[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def _as_the_unet_needs(kind: Kind, unet: Part) -> Kind:
+    """Inpainting with a UNet of 4 channels keeps the picture by replacing latents, without further inputs."""
+    extra = int(unet.config["in_channels"]) - int(unet.config["out_channels"])
+    if extra == 0 and kind.task == "inpainting":
+        return replace(kind, concat=())
+    wanted = sum(entry.channels for entry in kind.concat)
+    if extra != wanted:
+        raise LatentEdgeError(
+            f"the UNet in {unet.folder} takes {extra} channels beside its latent; a {kind.class_name} appends {wanted}.",
+            hint="the class in model_index.json must be the one that the UNet was trained for",
+        )
+    return kind
+
+
+def _conditioning(
+    kind: Kind, parts: Parts, index: Mapping[str, Any], tokenizers: Mapping[str, TokenizerSource]
+) -> Conditioning:
+    extended = _time_ids(parts)
+    zeros = extended is not None and bool(index.get("force_zeros_for_empty_prompt", True))
+    width = parts.unet.config.get("time_cond_proj_dim")
+    encoders = []
+    for number, part in enumerate(parts.text):
+        last = number == len(parts.text) - 1
+        name = _tokenizer_name(parts, number)
+        encoders.append(
+            TextEncoder(
+                component=_component_name(part),
+                tokenizer=name if name in tokenizers else None,
+                output=_inner_state(part) if extended else "last_hidden_state",
+                pooled_output="text_embeds" if extended and last else None,
+            )
+        )
+    return Conditioning(
+        cross_attention="text" if encoders else "none",
+        encoders=tuple(encoders),
+        concat=kind.concat,
+        unconditional=("zeros" if zeros else "empty_text") if encoders else "none",
+        time_ids=extended,
+        guidance_embedding=None if width is None else int(width),
+        guidance_below_one=kind.guidance_below_one,
+        image_guidance=kind.image_guidance,
+        upscale=2 ** halvings(parts.first_stage.config) if kind.task == "super-resolution" else None,
+    )
+
+
+def _time_ids(parts: Parts) -> int | None:
+    """How many sizes an SDXL UNet takes beside the pooled text; only the base model's six are known to the runtime."""
+    config = parts.unet.config
+    if config.get("addition_embed_type") is None:
+        return None
+    if config["addition_embed_type"] != "text_time":
+        raise LatentEdgeError(f"the UNet in {parts.unet.folder} takes {config['addition_embed_type']}; known: text_time.")
+    pooled = int(parts.text[-1].config["projection_dim"])
+    sizes = (int(config["projection_class_embeddings_input_dim"]) - pooled) // int(config["addition_time_embed_dim"])
+    if sizes != SDXL_TIME_IDS:
+        raise LatentEdgeError(
+            f"the UNet in {parts.unet.folder} takes {sizes} time ids; an SDXL base model takes {SDXL_TIME_IDS}.",
+            hint="SDXL refiners, which take an aesthetic score, are not supported",
+        )
+    return sizes
+
+
+def _inner_state(part: Part) -> str:
+    """SDXL takes the state before the last layer: hidden_states[-2] of layers + 1."""
+    return f"hidden_states.{int(part.config['num_hidden_layers']) - 1}"
+
+
+def _component_name(part: Part) -> str:
+    return "text_encoder" if part.name == "bert" else part.name
+
+
+def _tokenizer_name(parts: Parts, number: int) -> str:
+    return parts.tokenizers[number].name
+
+
+def _components(
+    kind: Kind, parts: Parts, conditioning: Conditioning, scale_factor: float, loras: Sequence[Lora]
+) -> list[ComponentSource]:
+    unet = parts.unet.config
+    size = side_of(unet["sample_size"])
+    components = []
+    for part, encoder in zip(parts.text, conditioning.encoders, strict=True):
+        components.append(text_component(part, _text_outputs(part, encoder), loras))
+    conditions: dict[str, tuple[int, ...]] = {}
+    if conditioning.encoders:
+        length = int(parts.text[0].config["max_position_embeddings"])
+        conditions["encoder_hidden_states"] = (length, _one(unet["cross_attention_dim"]))
+    if conditioning.time_ids is not None:
+        conditions["text_embeds"] = (int(parts.text[-1].config["projection_dim"]),)
+        conditions["time_ids"] = (conditioning.time_ids,)
+    if conditioning.guidance_embedding is not None:
+        conditions["timestep_cond"] = (conditioning.guidance_embedding,)
+    components.append(unet_component(parts.unet, conditions, size, loras))
+    # An encoder serves starting pictures and conditioning pictures; super-resolution takes its picture as it is.
+    encoder_needed = kind.task not in ("super-resolution", "unconditional")
+    normalised = kind.family == SDXL
+    components += first_stage_components(
+        parts.first_stage, size, scale_factor, encoder=encoder_needed, normalised=normalised
+    )
+    return components
+
+
+def _text_outputs(part: Part, encoder: TextEncoder) -> tuple[str, ...]:
+    outputs = ["last_hidden_state"]
+    if part.kind != "LDMBertModel":
+        outputs.append("pooler_output")
+    if part.kind == "CLIPTextModelWithProjection":
+        outputs.append("text_embeds")
+    if encoder.output not in outputs:
+        outputs.append(encoder.output)
+    return tuple(outputs)
+
+
+def _one(value: int | Sequence[int]) -> int:
+    """A cross_attention_dim that is one number for all levels."""
+    widths = {value} if isinstance(value, int) else set(value)
+    if len(widths) != 1:
+        raise LatentEdgeError(f"the UNet's levels take texts of different widths: {sorted(widths)}.")
+    return int(next(iter(widths)))
+
+
+def _tokenizers(parts: Parts, options: SourceOptions, messages: list[str]) -> dict[str, TokenizerSource]:
+    found: dict[str, TokenizerSource] = {}
+    for number, part in enumerate(parts.text):
+        folder: Path | str = options.tokenizer or parts.tokenizers[number]
+        name = _tokenizer_name(parts, number)
+        if isinstance(folder, Path) and not folder.is_dir():
+            messages.append(f"{folder} is missing: the bundle takes token ids only; name one with --tokenizer DIR|ID")
+            continue
+        kind = "bert" if part.kind == "LDMBertModel" else "clip"
+        found[name] = load_tokenizer(folder, kind, int(part.config["max_position_embeddings"]), None)
+    return found
+
+
+def _defaults(
+    kind: Kind, parts: Parts, folder: Path, index: Mapping[str, Any], factor: int, messages: list[str]
+) -> Defaults:
+    call = inspect.signature(getattr(library("diffusers"), kind.class_name).__call__).parameters
+    own = {name: call[name].default for name in call}
+    size = side_of(parts.unet.config["sample_size"])
+    name = f"{folder.resolve().name} {index.get('_name_or_path', '')}".lower()
+    steps, scale = int(own["num_inference_steps"]), float(own.get("guidance_scale", 1.0))
+    if "turbo" in name and kind.task == "text-to-image":
+        steps, scale = 1, 0.0
+        messages.append("its name says that this is a Turbo model: the defaults are 1 step without guidance")
+    return Defaults(
+        height=size[0] * factor,
+        width=size[1] * factor,
+        steps=steps,
+        guidance_scale=scale,
+        eta=float(own.get("eta", 0.0) or 0.0),
+        # Only the picture pipelines have a strength; the others start pictures as StableDiffusionImg2ImgPipeline does.
+        strength=float(own["strength"] if "strength" in own else 0.8),
+        image_guidance_scale=float(own.get("image_guidance_scale", 1.5)),
+    )
+
+
+def _loras(options: SourceOptions, kind: Kind, parts: Parts) -> tuple[Lora, ...]:
+    if not options.loras:
+        return ()
+    if kind.lora_pipeline is None:
+        raise LatentEdgeError(f"diffusers merges no LoRA files into a {kind.class_name}.")
+    components = [*(part.name for part in parts.text), "unet"]
+    loras = tuple(Lora(path, scale, kind.lora_pipeline, parts.unet.config) for path, scale in options.loras)
+    for lora in loras:
+        lora_targets(lora, components)
+    return loras
+
+
+def _notes(loras: Sequence[Lora]) -> list[str]:
+    return [f"LoRA {lora.path.name} merged with scale {lora.scale:g}" for lora in loras]
+
+
+def _hashes(folder: Path, parts: Parts, loras: Sequence[Lora]) -> dict[str, str]:
+    used = [parts.unet, parts.first_stage, *parts.text]
+    files = [folder / "model_index.json", *(file for part in used for file in part.files)]
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    return {**hashes, **{lora.path.name: file_sha256(lora.path) for lora in loras}}
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that the model card's front matter states."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    sections = card.read_text(encoding="utf-8", errors="replace").split("---\n")
+    if len(sections) < 3 or sections[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(sections[1])
+    except yaml.YAMLError:
+        return None
+    return str(front["license"]) if isinstance(front, dict) and front.get("license") else None
+
+
+def read_first_stage(folder: Path) -> SourceModel:
+    """Describe a folder that holds one first stage: the task is to reconstruct pictures."""
+    kind = str(read_json(folder / "config.json").get("_class_name"))
+    part = read_part(folder, "", kind)
+    component_class(kind)
+    factor = 2 ** halvings(part.config)
+    picture = side_of(part.config.get("sample_size") or 32 * factor)
+    latent_size = (picture[0] // factor, picture[1] // factor)
+    scale_factor = float(part.config.get("scaling_factor") or 1.0)
+    return SourceModel(
+        family=LDM,
+        task="reconstruction",
+        source=Source("diffusers", {path.name: file_sha256(path) for path in part.files}, _licence(folder)),
+        latent=Latent(
+            channels=int(part.config["latent_channels"]),
+            downscale=factor,
+            scale_factor=scale_factor,
+            encoding=ENCODINGS[kind],
+        ),
+        conditioning=Conditioning(),
+        schedule={"dialect": "diffusers"},
+        defaults=Defaults(height=latent_size[0] * factor, width=latent_size[1] * factor),
+        components=tuple(first_stage_components(part, latent_size, scale_factor, encoder=True)),
+    )

@@ -313,6 +313,12 @@ class Bundle:
         return file_sha256(self.path / MANIFEST_NAME)
 
 
+def graph_precision(precision: str) -> str:
+    """The variant that holds a precision's graph: bf16 is computed from the fp32 graph, "int8+bf16" from the int8 one."""
+    graph = precision.partition("+")[0]
+    return "fp32" if graph == "bf16" else graph
+
+
 def contained_path(relative: str) -> PurePosixPath:
     """``relative`` as a path that stays inside the bundle; :class:`BundleError` otherwise."""
     path = PurePosixPath(relative)

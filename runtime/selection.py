@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from latentedge.runtime import engines
-from latentedge.runtime.bundle import Bundle, Component
+from latentedge.runtime.bundle import Bundle, Component, graph_precision
 from latentedge.runtime.errors import MissingDependencyError, UsageError
 from latentedge.runtime.machine import machine_fingerprint
 
@@ -36,12 +36,6 @@ class Choice:
     backend: str
     precision: str
     reason: str
-
-
-def graph_precision(precision: str) -> str:
-    """The variant that holds a precision's graph: bf16 is computed from the fp32 graph."""
-    graph = precision.partition("+")[0]
-    return "fp32" if graph == "bf16" else graph
 
 
 def component_precision(component: Component, precision: str, backend: str | None = None) -> str:

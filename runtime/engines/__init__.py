@@ -28,6 +28,8 @@ class Backend:
     extra: str
     #: The module's function that opens a component.
     opener: str = "open_engine"
+    #: Whether a denoiser that the bundle holds in parts runs in parts (``hoisted.py``).
+    hoisting: bool = False
 
     def installed(self) -> bool:
         """Whether the library can be found, without importing it."""
@@ -36,8 +38,8 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "onnxruntime": Backend("latentedge.runtime.engines.onnxruntime", "onnxruntime", "cpu"),
-    "openvino": Backend("latentedge.runtime.engines.openvino", "openvino", "openvino"),
+    "onnxruntime": Backend("latentedge.runtime.engines.onnxruntime", "onnxruntime", "cpu", hoisting=True),
+    "openvino": Backend("latentedge.runtime.engines.openvino", "openvino", "openvino", hoisting=True),
     "tensorrt": Backend("latentedge.runtime.engines.tensorrt", "tensorrt", "gpu"),
     "tensorrt-rtx": Backend("latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx", "open_engine_rtx"),
 }
@@ -61,6 +63,12 @@ def open_engine(bundle: Bundle, component: str, name: str, precision: str, optio
     found = backend(name)
     opener = cast("Opener", getattr(importlib.import_module(found.module), found.opener))
     spec = bundle.component(component)
+    if options.hoisting and found.hoisting:
+        from latentedge.runtime.engines.hoisted import open_parts
+
+        parts = open_parts(bundle, spec, precision, options, opener)
+        if parts is not None:
+            return parts
     return opener(bundle, spec, precision, options)
 
 

@@ -27,6 +27,8 @@ class EngineOptions:
     low_memory: bool = False
     #: Folder for compiled models; ``None``: inside the bundle's ``engines/``.
     cache: Path | None = None
+    #: Run a denoiser that the bundle holds in parts (``docs/speed.md``) as parts.
+    hoisting: bool = True
     #: Further backend-specific settings, by that backend's own names.
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,7 +62,9 @@ class Engine(ABC):
         for name, length in axes.items():
             multiple = self.component.axes[name].multiple
             if length < 1 or length % multiple:
-                raise UsageError(f"{self.component.name}: {name} must be a positive multiple of {multiple}, found {length}.")
+                raise UsageError(
+                    f"{self.component.name}: {name} must be a positive multiple of {multiple}, found {length}."
+                )
         if axes == self.axes and self._bound:
             return
         self.axes = dict(axes)

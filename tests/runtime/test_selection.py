@@ -17,10 +17,11 @@ from latentedge.runtime.bundle import (
     Manifest,
     Source,
     Variant,
+    graph_precision,
 )
 from latentedge.runtime.errors import MissingDependencyError, UsageError
 from latentedge.runtime.machine import machine_fingerprint
-from latentedge.runtime.selection import choose, component_precision, graph_precision, library_version
+from latentedge.runtime.selection import choose, component_precision, library_version
 
 #: Libraries that stand in for the engine libraries, so that the choice does not depend on what is installed.
 STAND_IN = {"onnxruntime": "numpy", "openvino": "click"}

@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 from latentedge.export.model import SourceModel, SourceOptions
+from latentedge.export.sources.diffusers_kinds import PIPELINES
 from latentedge.export.sources.diffusers_loading import library, read_json
-from latentedge.export.sources.diffusers_pipelines import PIPELINES, read_first_stage, read_pipeline
+from latentedge.export.sources.diffusers_pipelines import read_first_stage, read_pipeline
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 
 FIRST_STAGES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
@@ -91,5 +92,3 @@ def _weight_files(files: list[str]) -> list[str]:
         plain = [name for name in safe if not re.search(r"\.(fp16|bf16|non_ema)[.-]", name)]
         chosen += plain or safe
     return [name for name in chosen if not name.startswith(("safety_checker/", "image_encoder/"))]
-
-

@@ -22,16 +22,13 @@ class MomentsEncoder(nn.Module):
         super().__init__()
         self.encoder = made_exportable(model.encoder)
         self.quant_conv = model.quant_conv
-        self.normalised = mean is not None and std is not None
-        if mean is not None and std is not None:
-            self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-            self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.mean, self.std = _by_channel(mean), _by_channel(std)
 
     def forward(self, sample: Tensor) -> Tensor:
         """Mean and log variance of the latent, joined along the channels."""
         moments: Tensor = self.encoder(sample)
         moments = moments if self.quant_conv is None else self.quant_conv(moments)
-        if not self.normalised:
+        if self.mean is None or self.std is None:
             return moments
         mean, log_variance = moments.chunk(2, dim=1)
         return torch.cat([(mean - self.mean) / self.std, log_variance - 2.0 * self.std.log()], dim=1)
@@ -44,14 +41,11 @@ class LatentDecoder(nn.Module):
         super().__init__()
         self.decoder = made_exportable(model.decoder)
         self.post_quant_conv = model.post_quant_conv
-        self.normalised = mean is not None and std is not None
-        if mean is not None and std is not None:
-            self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-            self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.mean, self.std = _by_channel(mean), _by_channel(std)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         """The picture; values may leave -1..1."""
-        if self.normalised:
+        if self.mean is not None and self.std is not None:
             latent_sample = latent_sample * self.std + self.mean
         if self.post_quant_conv is not None:
             latent_sample = self.post_quant_conv(latent_sample)
@@ -106,3 +100,7 @@ class PlainCoder(nn.Module):
         """Picture to latent, or latent to picture."""
         result: Tensor = self.coder(sample)
         return result
+
+
+def _by_channel(values: Sequence[float] | None) -> nn.Buffer | None:
+    return None if values is None else nn.Buffer(torch.tensor(values).view(1, -1, 1, 1))

@@ -128,9 +128,12 @@ def text_component(part: Part, outputs: Sequence[str], loras: Sequence[Lora]) ->
 
 
 def first_stage_components(
-    part: Part, size: tuple[int, int], scale_factor: float, *, encoder: bool, normalised: bool = False
+    part: Part, size: tuple[int, int], scale_factor: float, *, normalised: bool = False
 ) -> list[ComponentSource]:
-    """Encoder (where it is asked for) and decoder of a first stage, as ``vae_encoder`` and ``vae_decoder``."""
+    """Encoder and decoder of a first stage, as ``vae_encoder`` and ``vae_decoder``.
+
+    ``normalised``: the latents' mean and deviation by channel, where the model states them, are part of both.
+    """
     factor = 2 ** halvings(part.config)
     channels = int(part.config.get("vq_embed_dim") or part.config["latent_channels"])
     picture = tuple(f"{factor}*{axis}" if factor > 1 else axis for axis in ("latent_height", "latent_width"))
@@ -149,14 +152,13 @@ def first_stage_components(
         draws = random.standard_normal(latent.resolve(lengths)).astype(np.float32)
         return {"latent_sample": np.asarray(draws / np.float32(scale_factor), np.float32)}
 
-    components = []
-    if encoder:
-        output = moments if part.kind == "AutoencoderKL" else latent
-        spec = Component("vae_encoder", (sample,), (output,), axes)
-        components.append(_source(spec, builder(part, codings[0]), pictures))
-    spec = Component("vae_decoder", (latent,), (decoded,), axes)
-    components.append(_source(spec, builder(part, codings[1]), latents))
-    return components
+    encoded = moments if part.kind == "AutoencoderKL" else latent
+    encoder = Component("vae_encoder", (sample,), (encoded,), axes)
+    decoder = Component("vae_decoder", (latent,), (decoded,), axes)
+    return [
+        _source(encoder, builder(part, codings[0]), pictures),
+        _source(decoder, builder(part, codings[1]), latents),
+    ]
 
 
 def _codings(kind: str, statistics: Sequence[Any]) -> tuple[Any, Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from latentedge.runtime.errors import LatentEdgeError, MissingDependencyError
 
@@ -26,12 +31,35 @@ CLASSES = {
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 LISTED_KEYS = 10
+#: What the libraries raise for files that are damaged or of another model.
+READING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' notices and progress bars from the terminal; what matters here is checked and raised."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    loaded = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    bars = [module for module in loaded if module is not None and module.is_progress_bar_enabled()]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    for module in bars:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for module in bars:
+            module.enable_progress_bar()
 
 
 def library(name: str) -> Any:
     """Import a library of the ``diffusers`` extra; :class:`MissingDependencyError` names the extra."""
     try:
-        return importlib.import_module(name)
+        with quiet():
+            return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
             f"a diffusers checkpoint needs the library {name.partition('.')[0]}: {error}.",
@@ -80,7 +108,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def component_class(kind: str) -> Any:
     """The class of a component."""
-    return getattr(library(CLASSES[kind]), kind)
+    module = library(CLASSES[kind])
+    with quiet():  # both libraries import a class when it is first asked for
+        return getattr(module, kind)
+
+
+def pipeline_class(name: str) -> Any:
+    """A pipeline class of diffusers."""
+    module = library("diffusers")
+    with quiet():
+        return getattr(module, name)
 
 
 def _defaults(kind: str) -> dict[str, Any]:
@@ -109,7 +146,7 @@ def _weights(folder: Path) -> tuple[tuple[Path, ...], str | None]:
 
 
 def _variant(path: Path) -> str | None:
-    """"fp16" of ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
+    """ "fp16" of ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
     middle = path.name.split(".")[1:-1]
     return middle[0].partition("-")[0] if middle else None
 
@@ -121,17 +158,14 @@ def load(part: Part) -> Any:
     options["use_safetensors"] = part.files[0].suffix == ".safetensors"
     options["torch_dtype" if CLASSES[part.kind] == "diffusers" else "dtype"] = torch.float32
     try:
-        model, info = component_class(part.kind).from_pretrained(part.folder, **options)
-    except (OSError, ValueError, RuntimeError, *_safetensors_errors()) as error:
+        with quiet():
+            model, info = component_class(part.kind).from_pretrained(part.folder, **options)
+    except READING_ERRORS as error:
         raise LatentEdgeError(
             f"{part.folder} cannot be loaded: {_first_line(error)}", hint="copy or download the weights again"
         ) from error
     _check_keys(part, info)
     return model
-
-
-def _safetensors_errors() -> tuple[type[Exception], ...]:
-    return (library("safetensors").SafetensorError,)
 
 
 def _first_line(error: Exception) -> str:
@@ -165,10 +199,10 @@ class Lora:
         """Keys as diffusers names them, and the alphas; :class:`LatentEdgeError` when the file is no LoRA."""
         if not self.path.is_file():
             raise LatentEdgeError(f"there is no LoRA file {self.path}.")
-        pipeline = getattr(library("diffusers"), self.pipeline)
+        pipeline = pipeline_class(self.pipeline)
         try:
             state, alphas = pipeline.lora_state_dict(str(self.path), unet_config=_Fields(self.unet_config))
-        except (OSError, ValueError, RuntimeError, KeyError, *_safetensors_errors()) as error:
+        except READING_ERRORS as error:
             raise LatentEdgeError(f"{self.path} is no LoRA that diffusers reads: {_first_line(error)}") from error
         return state, alphas
 
@@ -202,7 +236,7 @@ def merge(model: Any, name: str, loras: Iterable[Lora]) -> None:
         if not any(key.startswith(f"{name}.") for key in state):
             continue
         library("peft")
-        pipeline = getattr(library("diffusers"), lora.pipeline)
+        pipeline = pipeline_class(lora.pipeline)
         adapter = f"lora{number}"
         if name == "unet":
             pipeline.load_lora_into_unet(state, network_alphas=alphas, unet=model, adapter_name=adapter)

@@ -95,7 +95,7 @@ def made_exportable(model: nn.Module, sizes: list[torch.Size] | None = None) -> 
     """
     for module in list(model.modules()):
         if isinstance(module, Attention) and module.norm_q is None and module.add_k_proj is None:
-            module.set_processor(PlainAttention())  # type: ignore[arg-type]
+            module.set_processor(PlainAttention())
         for name, child in list(module.named_children()):
             if isinstance(child, Upsample2D) and not child.use_conv_transpose and child.norm is None:
                 convolution = child.conv if child.name == "conv" else child.Conv2d_0
@@ -103,5 +103,3 @@ def made_exportable(model: nn.Module, sizes: list[torch.Size] | None = None) -> 
             elif isinstance(child, Downsample2D) and sizes is not None:
                 setattr(module, name, RecordedDownsampling(child, sizes))
     return model.eval().requires_grad_(False)
-
-

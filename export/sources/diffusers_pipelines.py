@@ -22,19 +22,19 @@ from latentedge.export.sources.diffusers_components import (
     text_component,
     unet_component,
 )
+from latentedge.export.sources.diffusers_kinds import LDM, SDXL, Kind
 from latentedge.export.sources.diffusers_loading import (
     Lora,
     Part,
     component_class,
-    library,
     lora_targets,
+    pipeline_class,
     read_json,
     read_part,
 )
 from latentedge.export.sources.tokenizers import load_tokenizer
 from latentedge.runtime.bundle import (
     Conditioning,
-    ConcatInput,
     Defaults,
     Latent,
     Source,
@@ -45,81 +45,6 @@ from latentedge.runtime.errors import LatentEdgeError
 
 ENCODINGS = {"AutoencoderKL": "kl", "VQModel": "vq", "AutoencoderTiny": "plain"}
 SDXL_TIME_IDS = 6
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A pipeline class: where its parts are and how they are used."""
-
-    class_name: str
-    family: str
-    task: str
-    first_stage: str = "vae"
-    #: Text encoder and tokenizer folders, in order.
-    text: tuple[tuple[str, str], ...] = ()
-    concat: tuple[ConcatInput, ...] = ()
-    image_guidance: bool = False
-    guidance_below_one: bool = False
-    #: Whether latents are divided by the first stage's scaling_factor.
-    scaled: bool = True
-    #: The class that reads LoRA files for this family.
-    lora_pipeline: str | None = None
-
-
-CLIP = (("text_encoder", "tokenizer"),)
-CLIP_TWICE = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-INPAINTING = (
-    ConcatInput("mask", 1, mask_values=(0.0, 1.0)),
-    ConcatInput("masked_image_latent", 4, scaled=True, posterior="sample", hole_value=0.0),
-)
-EDITING = (ConcatInput("image_latent", 4, scaled=False, posterior="mode"),)
-SD, SDXL, LDM = "stable-diffusion", "stable-diffusion-xl", "latent-diffusion"
-SD_LORA, SDXL_LORA = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-
-KINDS = (
-    Kind("StableDiffusionPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("StableDiffusionImg2ImgPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("StableDiffusionInpaintPipeline", SD, "inpainting", text=CLIP, concat=INPAINTING, lora_pipeline=SD_LORA),
-    Kind(
-        "StableDiffusionInstructPix2PixPipeline",
-        SD,
-        "instruct-pix2pix",
-        text=CLIP,
-        concat=EDITING,
-        image_guidance=True,
-        lora_pipeline=SD_LORA,
-    ),
-    Kind("LatentConsistencyModelPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("LatentConsistencyModelImg2ImgPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("StableDiffusionXLPipeline", SDXL, "text-to-image", text=CLIP_TWICE, lora_pipeline=SDXL_LORA),
-    Kind("StableDiffusionXLImg2ImgPipeline", SDXL, "text-to-image", text=CLIP_TWICE, lora_pipeline=SDXL_LORA),
-    Kind(
-        "StableDiffusionXLInpaintPipeline",
-        SDXL,
-        "inpainting",
-        text=CLIP_TWICE,
-        concat=INPAINTING,
-        lora_pipeline=SDXL_LORA,
-    ),
-    Kind(
-        "LDMTextToImagePipeline",
-        LDM,
-        "text-to-image",
-        first_stage="vqvae",
-        text=(("bert", "tokenizer"),),
-        guidance_below_one=True,
-    ),
-    Kind(
-        "LDMSuperResolutionPipeline",
-        LDM,
-        "super-resolution",
-        first_stage="vqvae",
-        concat=(ConcatInput("low_resolution_image", 3),),
-        scaled=False,
-    ),
-    Kind("LDMPipeline", LDM, "unconditional", first_stage="vqvae"),
-)
-PIPELINES = {kind.class_name: kind for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -237,7 +162,9 @@ def _time_ids(parts: Parts) -> int | None:
     if config.get("addition_embed_type") is None:
         return None
     if config["addition_embed_type"] != "text_time":
-        raise LatentEdgeError(f"the UNet in {parts.unet.folder} takes {config['addition_embed_type']}; known: text_time.")
+        raise LatentEdgeError(
+            f"the UNet in {parts.unet.folder} takes {config['addition_embed_type']}; known: text_time."
+        )
     pooled = int(parts.text[-1].config["projection_dim"])
     sizes = (int(config["projection_class_embeddings_input_dim"]) - pooled) // int(config["addition_time_embed_dim"])
     if sizes != SDXL_TIME_IDS:
@@ -279,13 +206,8 @@ def _components(
     if conditioning.guidance_embedding is not None:
         conditions["timestep_cond"] = (conditioning.guidance_embedding,)
     components.append(unet_component(parts.unet, conditions, size, loras))
-    # An encoder serves starting pictures and conditioning pictures; super-resolution takes its picture as it is.
-    encoder_needed = kind.task not in ("super-resolution", "unconditional")
-    normalised = kind.family == SDXL
-    components += first_stage_components(
-        parts.first_stage, size, scale_factor, encoder=encoder_needed, normalised=normalised
-    )
-    return components
+    # Only SDXL's pipelines use the statistics that a first stage may state.
+    return components + first_stage_components(parts.first_stage, size, scale_factor, normalised=kind.family == SDXL)
 
 
 def _text_outputs(part: Part, encoder: TextEncoder) -> tuple[str, ...]:
@@ -323,7 +245,7 @@ def _tokenizers(parts: Parts, options: SourceOptions, messages: list[str]) -> di
 def _defaults(
     kind: Kind, parts: Parts, folder: Path, index: Mapping[str, Any], factor: int, messages: list[str]
 ) -> Defaults:
-    call = inspect.signature(getattr(library("diffusers"), kind.class_name).__call__).parameters
+    call = inspect.signature(pipeline_class(kind.class_name).__call__).parameters
     own = {name: call[name].default for name in call}
     size = side_of(parts.unet.config["sample_size"])
     name = f"{folder.resolve().name} {index.get('_name_or_path', '')}".lower()
@@ -338,7 +260,7 @@ def _defaults(
         guidance_scale=scale,
         eta=float(own.get("eta", 0.0) or 0.0),
         # Only the picture pipelines have a strength; the others start pictures as StableDiffusionImg2ImgPipeline does.
-        strength=float(own["strength"] if "strength" in own else 0.8),
+        strength=float(own.get("strength", 0.8)),
         image_guidance_scale=float(own.get("image_guidance_scale", 1.5)),
     )
 
@@ -403,5 +325,5 @@ def read_first_stage(folder: Path) -> SourceModel:
         conditioning=Conditioning(),
         schedule={"dialect": "diffusers"},
         defaults=Defaults(height=latent_size[0] * factor, width=latent_size[1] * factor),
-        components=tuple(first_stage_components(part, latent_size, scale_factor, encoder=True)),
+        components=tuple(first_stage_components(part, latent_size, scale_factor)),
     )

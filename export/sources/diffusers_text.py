@@ -31,7 +31,7 @@ class ClipTextEncoder(nn.Module):
         self.heads = int(model.config.num_attention_heads)
         self.end_token = int(model.config.eos_token_id)
         length = int(model.config.max_position_embeddings)
-        self.register_buffer("mask", torch.full((length, length), MASKED).triu(1), persistent=False)
+        self.mask = nn.Buffer(torch.full((length, length), MASKED).triu(1), persistent=False)
         self.eval().requires_grad_(False)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,6 @@
-"""CLIP's text transformer (arXiv:2103.00020) in the two layouts that latent diffusion checkpoints carry.
+"""CLIP's text transformer (arXiv:2103.00020), keyed as transformers keys CLIPTextModel (Stable Diffusion 1).
 
-``FrozenCLIPEmbedder`` is keyed as transformers keys CLIPTextModel (Stable Diffusion 1, XL's first encoder),
-``FrozenOpenCLIPEmbedder`` as open_clip does (Stable Diffusion 2, XL's second). Both are causal and take no mask.
+It is causal and takes no padding mask.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import nn
 from latentedge.export.models.autoencoder import AutoencoderKL, VQModel, VQModelInterface
 from latentedge.export.models.clip_text import FrozenCLIPEmbedder
 from latentedge.export.models.conditioning import ClassEmbedder, SpatialRescaler
+from latentedge.export.models.open_clip_text import FrozenOpenCLIPEmbedder
 from latentedge.export.models.text_encoder import BERTEmbedder, TransformerEmbedder
 from latentedge.export.models.unet import UNetModel
 from latentedge.runtime.errors import UsageError
@@ -22,6 +23,7 @@ TARGETS: dict[str, type[nn.Module]] = {
     "ldm.modules.encoders.modules.BERTEmbedder": BERTEmbedder,
     "ldm.modules.encoders.modules.ClassEmbedder": ClassEmbedder,
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": FrozenCLIPEmbedder,
+    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": FrozenOpenCLIPEmbedder,
     "ldm.modules.encoders.modules.SpatialRescaler": SpatialRescaler,
     "ldm.modules.encoders.modules.TransformerEmbedder": TransformerEmbedder,
 }

@@ -202,7 +202,7 @@ def _situation(
 
 def _defaults(task: Task, situation: Situation) -> Defaults:
     steps, guidance, eta = SCRIPT_DEFAULTS[task.name]
-    if situation.target == "FrozenCLIPEmbedder":
+    if situation.target.endswith("CLIPEmbedder"):
         guidance = CLIP_GUIDANCE
     if task.name == "class-to-image" and task.conditioning.classes != IMAGENET_AND_NONE:
         steps, guidance, eta = UNGUIDED_CLASSES

@@ -168,7 +168,8 @@ def _text(situation: Situation) -> Task:
 def _clip_text(situation: Situation) -> Task:
     encoder = _condition(situation).skeleton()
     length = min(encoder.max_length, encoder.config.max_position_embeddings)
-    need = TokenizerNeed("clip", length, encoder.config.vocab_size)
+    kind = "clip" if situation.target == "FrozenCLIPEmbedder" else "open_clip"
+    need = TokenizerNeed(kind, length, encoder.config.vocab_size)
     return _text_task(situation, need, encoder.config.hidden_size, ())
 
 
@@ -258,7 +259,7 @@ def _text_and_masked_image(situation: Situation) -> Task:
     """Stable Diffusion's inpainting: mask as 0 and 1, then the masked picture (grey hole), sampled and scaled."""
     channels = situation.latent.channels
     _expect_extra(situation, channels + 1)
-    text = (_clip_text if situation.target == "FrozenCLIPEmbedder" else _text)(situation)
+    text = CROSS_ATTENTION[situation.target](situation)
     concat = (
         ConcatInput("mask", 1, mask_values=(0.0, 1.0)),
         ConcatInput("masked_image_latent", channels, scaled=True, posterior="sample", hole_value=0.0),
@@ -276,6 +277,7 @@ CROSS_ATTENTION: dict[str, Maker] = {
     "BERTEmbedder": _text,
     "TransformerEmbedder": _text,
     "FrozenCLIPEmbedder": _clip_text,
+    "FrozenOpenCLIPEmbedder": _clip_text,
     IDENTITY.rsplit(".", 1)[-1]: _embeddings,
 }
 CONCAT: dict[str, Maker] = {
@@ -283,4 +285,6 @@ CONCAT: dict[str, Maker] = {
     IDENTITY.rsplit(".", 1)[-1]: _low_resolution,
     "SpatialRescaler": _segmentation,
 }
-HYBRID: dict[str, Maker] = {"FrozenCLIPEmbedder": _text_and_masked_image, "BERTEmbedder": _text_and_masked_image}
+HYBRID: dict[str, Maker] = dict.fromkeys(
+    ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder"), _text_and_masked_image
+)

@@ -89,7 +89,7 @@ def networks_of(config: ModelConfig, checkpoint: Checkpoint, clip_text: object |
     condition = None
     cond = diffusion.cond_stage_config
     if isinstance(cond, NetworkConfig) and cond.target != IDENTITY:
-        if cond.target.endswith("FrozenCLIPEmbedder") and clip_text is not None:
+        if cond.target.endswith("CLIPEmbedder") and clip_text is not None:
             cond = NetworkConfig(cond.target, {**cond.params, "text_config": clip_text})
         condition = _network(cond, CONDITION, checkpoint)
     _check([first_stage, unet, *([condition] if condition else [])], checkpoint, config)

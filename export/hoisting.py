@@ -58,7 +58,7 @@ def split(graph: ir.Graph, kept: frozenset[str] = frozenset()) -> Parts:
         outputs = list(graph.outputs) if stage == STEP else [value for value in crossing if stages[value] == stage]
         if outputs:
             taken = [value for value in crossing if stages[value] < stage]
-            graphs[part] = _extract(graph, [*graph.inputs, *taken], outputs)
+            graphs[part] = extract_part(graph, [*graph.inputs, *taken], outputs)
     return Parts(graphs)
 
 
@@ -73,11 +73,11 @@ def cut_step(graph: ir.Graph, step: Component) -> ir.Graph:
     if missing:
         raise ExportError(f"{step.name}: this precision's graph has no value named {', '.join(missing)}.")
     inputs = [values[spec.name] for spec in step.inputs]
-    part = _extract(graph, inputs, [values[spec.name] for spec in step.outputs], every_input=True)
+    part = extract_part(graph, inputs, [values[spec.name] for spec in step.outputs], every_input=True)
     for value, spec in zip(part.inputs, step.inputs, strict=True):
         declared = ir.DataType.from_numpy(np.dtype(spec.dtype))
         if value.dtype not in (None, declared):
-            _cast_input(part, value, declared)
+            cast_input(part, value, declared)
     return part
 
 
@@ -114,7 +114,7 @@ def hoist(folder: Path, component: Component) -> dict[str, Component]:
         parts = split(model.graph, kept)
         if len(parts.graphs) == 1:
             return {}
-        files = {part: _write(graph, model, part, path) for part, graph in parts.graphs.items()}
+        files = {part: write_part(graph, model, part, path) for part, graph in parts.graphs.items()}
         specs, refused = _boundary_specs(component, parts, files)
         if not refused:
             break
@@ -141,7 +141,7 @@ def add_precision(folder: Path, whole: Component, parts: Mapping[str, Component]
     name = part_name(whole.name, PARTS[STEP])
     path = folder / whole.variants[precision].path
     model = ir.load(path)
-    file = _write(cut_step(model.graph, parts[name]), model, PARTS[STEP], path)
+    file = write_part(cut_step(model.graph, parts[name]), model, PARTS[STEP], path)
     step = parts[name]
     step = dataclasses.replace(step, variants={**step.variants, precision: variant_of(folder, file)})
     reference, recomposed = _recomposed(folder, whole, REFERENCE, {**parts, name: step}, precision)
@@ -162,7 +162,7 @@ def _recomposed(
 
     Without ``parts`` the second is what the whole graph in ``precision`` gives.
     """
-    known = _random_inputs(whole.inputs, axis_lengths(whole.axes)[0])
+    known = random_inputs(whole.inputs, axis_lengths(whole.axes)[0])
     output = whole.outputs[0].name
     with HostSession(folder / whole.variants[precision].path) as session:
         reference = session.run(known)[output]
@@ -214,6 +214,15 @@ def dimension(lengths: list[int], axes: list[dict[str, int]]) -> Dimension | Non
     return None
 
 
+def solve_spec(name: str, arrays: list[Array], cases: list[dict[str, int]]) -> TensorSpec | None:
+    """The declaration of a tensor from what it was for several axis lengths; ``None`` if the manifest has no such."""
+    sides = [dimension([array.shape[index] for array in arrays], cases) for index in range(arrays[0].ndim)]
+    declared = tuple(side for side in sides if side is not None)
+    if arrays[0].dtype.kind != "f" or len(declared) < len(sides):
+        return None
+    return TensorSpec(name, str(arrays[0].dtype), declared)
+
+
 def _stages(graph: ir.Graph, kept: frozenset[str]) -> dict[ir.Value, int]:
     names = {"sample": STEP, "timestep": TIMESTEP}
     stages = {value: names.get(str(value.name), CONDITIONING) for value in graph.inputs}
@@ -257,7 +266,7 @@ def _stage_of(node: ir.Node, stages: Mapping[ir.Value, int]) -> int:
     return max(stages.get(value, CONSTANT) for value in node.outputs)
 
 
-def _extract(
+def extract_part(
     graph: ir.Graph, inputs: list[ir.Value], outputs: list[ir.Value], *, every_input: bool = False
 ) -> ir.Graph:
     """The part between ``inputs`` and ``outputs``, with the inputs that it reads, or with all of them."""
@@ -272,7 +281,8 @@ def _extract(
     return part
 
 
-def _cast_input(part: ir.Graph, value: ir.Value, declared: ir.DataType) -> None:
+def cast_input(part: ir.Graph, value: ir.Value, declared: ir.DataType) -> None:
+    """Make a part's input of dtype ``declared``, and cast it to what the part computes in."""
     own = value.dtype
     assert own is not None
     users = list(value.uses())
@@ -280,11 +290,12 @@ def _cast_input(part: ir.Graph, value: ir.Value, declared: ir.DataType) -> None:
     for use in users:
         use.node.replace_input_with(use.idx, node.outputs[0])
     node.outputs[0].name, node.outputs[0].dtype = f"{value.name}/hoisted", own
-    value.dtype = declared
+    # A new type object: clones of a graph share theirs.
+    value.type = ir.TensorType(declared)
     part.insert_before(part[0], node)
 
 
-def _write(graph: ir.Graph, model: ir.Model, part: str, path: Path) -> Path:
+def write_part(graph: ir.Graph, model: ir.Model, part: str, path: Path) -> Path:
     """Write a part beside ``path``; weights that lie in a file of their own are shared with the whole graph."""
     file = path.with_name(part + path.name.removeprefix("model"))
     functions = list(model.functions.values())
@@ -299,7 +310,7 @@ def _boundary_specs(
     found: dict[str, list[Array]] = {}
     cases = axis_lengths(component.axes)
     for axes in cases:
-        known = _random_inputs(component.inputs, axes)
+        known = random_inputs(component.inputs, axes)
         for part in PARTS[:STEP]:
             if part in files:
                 with HostSession(files[part]) as session:
@@ -307,12 +318,8 @@ def _boundary_specs(
                 known.update(computed)
                 for name, array in computed.items():
                     found.setdefault(name, []).append(array)
-    specs: dict[str, TensorSpec] = {}
-    for name, arrays in found.items():
-        sides = [dimension([array.shape[i] for array in arrays], cases) for i in range(arrays[0].ndim)]
-        declared = tuple(side for side in sides if side is not None)
-        if arrays[0].dtype.kind == "f" and len(declared) == len(sides):
-            specs[name] = TensorSpec(name, str(arrays[0].dtype), declared)
+    solved = {name: solve_spec(name, arrays, cases) for name, arrays in found.items()}
+    specs = {name: spec for name, spec in solved.items() if spec is not None}
     return specs, frozenset(found) - frozenset(specs)
 
 
@@ -329,7 +336,8 @@ def _names(values: Iterable[ir.Value]) -> list[str]:
     return [str(value.name) for value in values]
 
 
-def _random_inputs(specs: tuple[TensorSpec, ...], axes: Mapping[str, int]) -> dict[str, Array]:
+def random_inputs(specs: tuple[TensorSpec, ...], axes: Mapping[str, int]) -> dict[str, Array]:
+    """Inputs of a comparison: N(0, 1) draws, zeros for integers; the same on every call."""
     generator = np.random.default_rng(7)
     arrays: dict[str, Array] = {}
     for spec in specs:

@@ -29,6 +29,8 @@ class EngineOptions:
     cache: Path | None = None
     #: Run a denoiser that the bundle holds in parts (``docs/speed.md``) as parts.
     hoisting: bool = True
+    #: Compute a denoiser's deep blocks in every n-th evaluation only (step caching, ``docs/speed.md``); 1: in each.
+    cache_interval: int = 1
     #: Further backend-specific settings, by that backend's own names.
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -12,9 +12,13 @@ import numpy as np
 
 from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec, graph_precision
 from latentedge.runtime.engines.base import Engine, EngineOptions
+from latentedge.runtime.errors import UsageError
 
 #: The parts in the order in which they run; a part that would hold nothing is not there.
 PARTS = ("conditioning", "timestep", "step")
+
+#: With step caching the step is there as two graphs (``docs/speed.md``).
+FULL, SHALLOW = "full", "shallow"
 
 #: Timesteps whose results are kept, so that the next picture of the same schedule does not compute them again.
 KEPT_TIMESTEPS = 256
@@ -39,11 +43,77 @@ def open_parts(
     components = bundle.manifest.components
     found = {part: components[name] for part in PARTS if (name := part_name(component.name, part)) in components}
     if PARTS[-1] not in found or graph_precision(precision) not in found[PARTS[-1]].variants:
+        _refuse_caching(bundle, precision, options)
         return None
-    engines = {
-        part: opener(bundle, spec, precision if part == PARTS[-1] else "fp32", options) for part, spec in found.items()
-    }
+    step = found.pop(PARTS[-1])
+    engines = {part: opener(bundle, spec, "fp32", options) for part, spec in found.items()}
+    if options.cache_interval > 1:
+        full, shallow = (components.get(part_name(component.name, part)) for part in (FULL, SHALLOW))
+        if full is None or shallow is None or graph_precision(precision) not in shallow.variants:
+            _refuse_caching(bundle, precision, options)
+        else:
+            whole = opener(bundle, full, precision, options)
+            engines[PARTS[-1]] = CachedStepEngine(
+                step, precision, whole, opener(bundle, shallow, precision, options), options.cache_interval
+            )
+    else:
+        engines[PARTS[-1]] = opener(bundle, step, precision, options)
     return HoistedEngine(component, precision, engines)
+
+
+def _refuse_caching(bundle: Bundle, precision: str, options: EngineOptions) -> None:
+    if options.cache_interval > 1:
+        raise UsageError(
+            f"step caching was asked for, and {bundle.path} has no full and shallow denoiser in {precision}.",
+            hint="write them with `latentedge build BUNDLE --step-caching`",
+        )
+
+
+class CachedStepEngine(Engine):
+    """The step of a denoiser whose deep blocks are computed in every ``interval``-th evaluation only.
+
+    ``full`` gives beside the step's output the tensor that its deep blocks pass up; ``shallow`` takes it as an input.
+    """
+
+    def __init__(self, component: Component, precision: str, full: Engine, shallow: Engine, interval: int) -> None:
+        super().__init__(component, precision)
+        self.backend = full.backend
+        self.interval = interval
+        self._full, self._shallow, self._last = full, shallow, full
+        own = {spec.name for spec in component.outputs}
+        self._deep = next(spec.name for spec in full.component.outputs if spec.name not in own)
+        #: Evaluations since the deep blocks were computed; ``None``: they were not, for this picture.
+        self._age: int | None = None
+
+    def restart(self) -> None:
+        """A new picture begins: the next evaluation is a full one."""
+        self._age = None
+
+    def _bind(self) -> None:
+        self._full.bind(**self.axes)
+        self._shallow.bind(**self.axes)
+        self.restart()
+
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        self._full.write(spec.name, array)
+        if self._shallow.component.has_input(spec.name):
+            self._shallow.write(spec.name, array)
+
+    def _run(self) -> None:
+        if self._age is None or self._age + 1 >= self.interval:
+            self._full.run()
+            self._shallow.write(self._deep, self._full.read(self._deep))
+            self._age, self._last = 0, self._full
+        else:
+            self._shallow.run()
+            self._age, self._last = self._age + 1, self._shallow
+
+    def _read(self, spec: TensorSpec) -> Array:
+        return self._last.read(spec.name)
+
+    def _close(self) -> None:
+        self._full.close()
+        self._shallow.close()
 
 
 class HoistedEngine(Engine):
@@ -60,6 +130,7 @@ class HoistedEngine(Engine):
         #: The written timestep, and the one whose results the step holds.
         self._next_timestep = b""
         self._current: bytes | None = None
+        self._lowest = float("inf")
         self._timesteps: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
 
     def _bind(self) -> None:
@@ -81,7 +152,9 @@ class HoistedEngine(Engine):
             if engine.component.has_input(spec.name) and not self._shape_only(engine, spec.name):
                 engine.write(spec.name, array)
         if spec.name == "timestep":
-            self._next_timestep = array.tobytes()
+            if float(array[0]) >= self._lowest:
+                self._restart()
+            self._next_timestep, self._lowest = array.tobytes(), float(array[0])
 
     def _run(self) -> None:
         if self._changed - {"sample", "timestep"}:
@@ -118,6 +191,12 @@ class HoistedEngine(Engine):
         """Results of another conditioning or another binding are of no use."""
         self._timesteps.clear()
         self._current = None
+        self._restart()
+
+    def _restart(self) -> None:
+        """Timesteps fall within a picture: one that does not begins another."""
+        if isinstance(self._step, CachedStepEngine):
+            self._step.restart()
 
     def _read(self, spec: TensorSpec) -> Array:
         return self._step.read(spec.name)

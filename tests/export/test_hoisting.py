@@ -95,7 +95,7 @@ def test_splitting_twice_changes_nothing(bundle: Path) -> None:
 
 def test_a_wrong_part_is_an_error(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One hoisted weight is changed after the split: the comparison must see it."""
-    write = hoisting._write
+    write = hoisting.write_part
 
     def damaged(graph: ir.Graph, model: ir.Model, part: str, path: Path) -> Path:
         if part == "conditioning":
@@ -106,7 +106,7 @@ def test_a_wrong_part_is_an_error(bundle: Path, monkeypatch: pytest.MonkeyPatch,
                     break
         return write(graph, model, part, path)
 
-    monkeypatch.setattr(hoisting, "_write", damaged)
+    monkeypatch.setattr(hoisting, "write_part", damaged)
     whole = Bundle.open(bundle).component("unet")
     target = tmp_path / "unet"
     target.mkdir()

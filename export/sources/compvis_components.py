@@ -13,6 +13,8 @@ from latentedge.export.sources.compvis_weights import Network
 from latentedge.runtime.bundle import Array, Axis, Component, Dimension, Latent, TensorSpec, resolve_dimension
 
 #: Largest batch that engines are built for: four pictures with guidance.
+#: Latent side that every model takes at least, so that a tiny one can be compared on several sizes too.
+SMALLEST_RANGE = 16
 LARGEST_BATCH = 8
 #: Longest row of CLIP embeddings: a prompt's and twenty neighbours'.
 LARGEST_ROW = 21
@@ -110,7 +112,7 @@ def latent_axes(height: int, width: int, multiple: int, batch: int) -> dict[str,
 
     def axis(side: int) -> Axis:
         own = max(side // multiple, 1) * multiple
-        return Axis(multiple, own, 2 * own, multiple)
+        return Axis(multiple, own, max(2 * own, 4 * multiple, SMALLEST_RANGE), multiple)
 
     return {
         "batch": Axis(1, batch, LARGEST_BATCH),

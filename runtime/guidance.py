@@ -1,0 +1,71 @@
+"""Guidance: how the outputs of several evaluations of a model become one.
+
+A ``Combine`` takes the outputs, float32 [N, C, h, w] each, in the order that its maker states, and gives one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from latentedge.runtime.errors import UsageError
+
+Array = npt.NDArray[np.float32]
+Combine = Callable[[Sequence[Array]], Array]
+
+
+def only(outputs: Sequence[Array]) -> Array:
+    """The single output: no guidance."""
+    return outputs[0]
+
+
+def classifier_free(scale: float, rescale: float = 0.0) -> Combine:
+    """Combine [unconditional, conditional]: Ho & Salimans 2022 (arXiv 2207.12598), equation 6.
+
+    ``rescale`` 0 to 1 brings the standard deviation of each picture back to the conditional's.
+    """
+    if not 0 <= rescale <= 1:
+        raise UsageError(f"guidance_rescale must be between 0 and 1, found {rescale}")
+
+    def combine(outputs: Sequence[Array]) -> Array:
+        unconditional, conditional = outputs
+        guided = unconditional + np.float32(scale) * (conditional - unconditional)
+        return rescaled(guided, conditional, rescale) if rescale else guided
+
+    return combine
+
+
+def rescaled(guided: Array, conditional: Array, share: float) -> Array:
+    """``guided`` with ``share`` of it at the conditional's standard deviation: Lin et al. 2023 (arXiv 2305.08891), 3.4."""
+    axes = tuple(range(1, guided.ndim))
+    ratio = np.std(conditional, axes, keepdims=True, ddof=1) / np.std(guided, axes, keepdims=True, ddof=1)
+    return np.asarray(np.float32(share) * (guided * ratio) + np.float32(1 - share) * guided, np.float32)
+
+
+def text_and_image(scale: float, image_scale: float) -> Combine:
+    """Combine [text and image, image, neither]: Brooks et al. 2023 (arXiv 2211.09800), equation 3."""
+
+    def combine(outputs: Sequence[Array]) -> Array:
+        both, image, neither = outputs
+        return neither + np.float32(scale) * (both - image) + np.float32(image_scale) * (image - neither)
+
+    return combine
+
+
+def within(sigma: float, interval: tuple[float, float] | None) -> bool:
+    """Whether guidance is on at ``sigma``: Kynkaanniemi et al. 2024 (arXiv 2404.07724); None is everywhere."""
+    return interval is None or interval[0] <= sigma <= interval[1]
+
+
+def guidance_embedding(weight: float, width: int) -> Array:
+    """Float32 [1, width]: the sinusoidal embedding of ``weight`` (guidance_scale - 1) that a distilled model takes.
+
+    Sines, then cosines, of 1000 * weight at ``width // 2`` frequencies from 1 to 1e-4; an odd width ends in 0.
+    """
+    half = width // 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(10000.0) / (half - 1)))
+    angles = (np.float32(weight) * np.float32(1000.0)) * frequencies
+    embedding = np.concatenate([np.sin(angles), np.cos(angles)])
+    return np.pad(embedding, (0, width - 2 * half))[None].astype(np.float32)

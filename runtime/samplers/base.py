@@ -1,0 +1,86 @@
+"""What an integrator is given for one model evaluation, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from latentedge.runtime.schedules import F32, Array, Config, Plan
+
+
+@dataclass(frozen=True)
+class History:
+    """What a sampler remembers between evaluations; bounded, never changed in place, so a saved one stays valid."""
+
+    calls: int = 0  # evaluations since the loop began, which is not the index in a partial loop
+    draws: int = 0  # noise draws since the loop began
+    outputs: tuple[Array, ...] = ()  # converted model outputs, newest last
+    sample: Array | None = None  # the sample that a step of several evaluations began from
+    partial: Array | None = None  # a sum or a draw that the next evaluation completes
+
+    def keep(self, output: Array, count: int) -> tuple[Array, ...]:
+        """The last ``count`` outputs, ``output`` included."""
+        return (*self.outputs, output)[-count:]
+
+
+class Update(NamedTuple):
+    """The result of one evaluation: the next sample, the denoised sample it saw, and what to remember."""
+
+    latents: Array
+    denoised: Array
+    history: History
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation: ``output`` is what the model gave for ``latents`` at ``index`` of the plan."""
+
+    plan: Plan
+    index: int
+    latents: Array
+    output: Array
+    history: History
+    eta: float
+    draw: Callable[[], Array]  # the next N(0, 1) array of the sample's shape
+    recorded: bool  # the draws are replayed, so they are used as they are
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def kind(self) -> str:
+        return str(self.plan.config["prediction_type"])
+
+    @property
+    def sigma(self) -> Any:
+        return self.plan.sigmas[self.index]
+
+    @property
+    def sigma_next(self) -> Any:
+        return self.plan.sigmas[self.index + 1]
+
+    @property
+    def timestep(self) -> int:
+        return int(self.plan.timesteps[self.index])
+
+    @property
+    def next_timestep(self) -> int:
+        """The next entry of the plan, or -1 after the last."""
+        return int(self.plan.timesteps[self.index + 1]) if not self.last else -1
+
+    @property
+    def last(self) -> bool:
+        return self.index == len(self.plan.timesteps) - 1
+
+    def alpha(self, timestep: int) -> Any:
+        """alphas_cumprod at ``timestep``; before the first one 1, or the first's where set_alpha_to_one is false."""
+        if timestep < 0 and self.config.get("set_alpha_to_one"):
+            return F32(1)
+        return self.plan.alphas_cumprod[max(timestep, 0)]
+
+    def done(self, latents: Array, denoised: Array, **remembered: Any) -> Update:
+        """The update, remembering ``outputs``, ``sample`` and ``partial`` as given and forgetting what is not."""
+        blank = {"outputs": (), "sample": None, "partial": None}
+        return Update(latents, denoised, replace(self.history, **{**blank, **remembered}))

@@ -1,0 +1,149 @@
+"""The samplers of CompVis's repositories, where their rules differ: DDIM, PLMS, ancestral DDPM and DPM-Solver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from latentedge.runtime.errors import UsageError
+from latentedge.runtime.parametrisation import denoised_of, noise_of
+from latentedge.runtime.samplers.base import Call, Update
+from latentedge.runtime.samplers.dpm_solver import Point, exponential_step
+from latentedge.runtime.samplers.plms import adams_bashforth
+from latentedge.runtime.schedules import F32, Array, Config, Plan, alphas_cumprod, exp32, linspace, log32, on_table
+
+
+def exact_betas(config: Config) -> Array:
+    """Float64 [T]: CompVis computes its tables in float64 and stores float32; ``scaled_linear`` is its "linear"."""
+    if config.get("trained_betas") is not None:
+        return np.asarray(config["trained_betas"], np.float64)
+    start, end, count = config["beta_start"], config["beta_end"], int(config["num_train_timesteps"])
+    match config["beta_schedule"]:
+        case "linear":
+            return np.linspace(start, end, count)
+        case "scaled_linear":
+            return np.asarray(np.linspace(start**0.5, end**0.5, count) ** 2)
+        case "sqrt":
+            return np.asarray(np.linspace(start, end, count) ** 0.5)
+        case "squaredcos_cap_v2":
+            bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+            return np.clip(1 - bar[1:] / bar[:-1], 0, 0.999)
+    raise UsageError(f"beta_schedule {config['beta_schedule']!r} is unknown", "use linear, scaled_linear or sqrt")
+
+
+def table(config: Config) -> Array:
+    """Float32 [T]: alphas_cumprod as a CompVis checkpoint stores it."""
+    return np.asarray(np.cumprod(1.0 - exact_betas(config)).astype(F32))
+
+
+def timesteps(config: Config, steps: int) -> Array:
+    """Int64, descending: range(0, T, T // steps) + 1, which is more than ``steps`` where T does not divide."""
+    total = int(config["num_train_timesteps"])
+    ascending = np.arange(0, total, total // steps) + 1
+    if ascending[-1] >= total:
+        raise UsageError(
+            f"CompVis's schedule has no timestep {ascending[-1]}, which {steps} steps ask for (it ends at {total - 1})",
+            f"use at most {total // 2} steps",
+        )
+    return ascending[::-1].astype(np.int64)
+
+
+def ddim_plan(config: Config, steps: int) -> Plan:
+    """The timesteps above; see ``Plan.begin`` for where CompVis starts from a picture."""
+    return on_table(config, steps, timesteps(config, steps), table(config), compvis=True)
+
+
+def plms_plan(config: Config, steps: int) -> Plan:
+    """The second timestep twice: the first step evaluates the model at both of its ends."""
+    listed = timesteps(config, steps)
+    second = listed[1:2] if len(listed) > 1 else listed
+    return on_table(config, steps, np.concatenate([listed[:1], second, listed[1:]]), table(config), compvis=True)
+
+
+def ddpm_plan(config: Config, steps: int) -> Plan:
+    """The last ``steps`` training timesteps, each one visited; a whole run has T steps."""
+    betas = exact_betas(config)
+    bar = np.cumprod(1.0 - betas)
+    before = np.append(1.0, bar[:-1])
+    variance = betas * (1.0 - before) / (1.0 - bar)
+    tables = {
+        "x0": (betas * np.sqrt(before) / (1.0 - bar)).astype(F32),
+        "x": ((1.0 - before) * np.sqrt(1.0 - betas) / (1.0 - bar)).astype(F32),
+        "log_variance": np.log(np.maximum(variance, 1e-20)).astype(F32),
+        "compvis": True,
+    }
+    return on_table(config, steps, np.arange(steps - 1, -1, -1), bar.astype(F32), **tables)
+
+
+def _step(call: Call, sample: Array, noise: Array, here: int, there: int) -> tuple[Array, Array]:
+    """(the sample at ``there``, x0): DDIM's equation 12; below the last timestep alpha is that of timestep 0."""
+    a, a_previous = call.alpha(here), call.plan.alphas_cumprod[max(there, 0)]
+    denoised = (sample - np.sqrt(F32(1) - a) * noise) / np.sqrt(a)
+    sigma = F32(call.eta * np.sqrt((1 - float(a_previous)) / (1 - float(a)) * (1 - float(a) / float(a_previous))))
+    latents = np.sqrt(a_previous) * denoised + np.sqrt(F32(1) - a_previous - sigma**2) * noise
+    return (latents + sigma * call.draw() if call.eta > 0 else latents), denoised
+
+
+def _noise(call: Call) -> Array:
+    a = call.alpha(call.timestep)
+    return noise_of(call.kind, call.latents, call.output, np.sqrt(a), np.sqrt(F32(1) - a))
+
+
+def ddim(call: Call) -> Update:
+    """DDIM: Song et al. 2021 (arXiv 2010.02502), equation 12, ending at alphas_cumprod[0]; x0 is never clipped."""
+    return call.done(*_step(call, call.latents, _noise(call), call.timestep, call.next_timestep))
+
+
+def plms(call: Call) -> Update:
+    """PLMS: Liu et al. 2022 (arXiv 2202.09778), algorithm 2 with a pseudo Euler first step of two evaluations."""
+    if call.eta:
+        raise UsageError(f"PLMS is deterministic, found eta {call.eta}", "use eta 0, or ddim")
+    noise, past, first = _noise(call), call.history, call.history.calls == 0
+    there = call.next_timestep if first or past.calls > 1 else call.timestep
+    there = -1 if len(call.plan.timesteps) == 2 else there  # one step only: it ends the run
+    if past.calls == 1 and past.sample is not None:
+        here = int(call.plan.timesteps[call.index - 1])
+        mean = (past.outputs[0] + noise) / F32(2)
+        return call.done(*_step(call, past.sample, mean, here, there), outputs=past.outputs)
+    outputs = past.keep(noise, 4)
+    step = _step(call, call.latents, adams_bashforth(outputs), call.timestep, there)
+    return call.done(*step, outputs=outputs, sample=call.latents if first else None)
+
+
+def ddpm(call: Call) -> Update:
+    """Ancestral sampling: Ho et al. 2020 (arXiv 2006.11239), algorithm 2; a draw is taken at t = 0 and not used."""
+    tables, t, a = call.plan.tables, call.timestep, call.alpha(call.timestep)
+    denoised = denoised_of(call.kind, call.latents, call.output, np.sqrt(a), np.sqrt(F32(1) - a))
+    latents, noise = tables["x0"][t] * denoised + tables["x"][t] * call.latents, call.draw()
+    if t > 0:
+        latents = latents + exp32(F32(0.5) * tables["log_variance"][t]) * noise
+    return call.done(latents, denoised)
+
+
+def dpm_solver_plan(config: Config, steps: int) -> Plan:
+    """Even in continuous time from 1 to 1 / T, log alpha linear between training timesteps; timesteps fractional."""
+    total = int(config["num_train_timesteps"])
+    acp = table(config) if config.get("dialect") == "compvis" else alphas_cumprod(config)
+    times = linspace(1.0, 1.0 / total, steps + 1)
+    logs = F32(0.5) * log32(acp)
+    log_alpha = np.interp(times, linspace(0.0, 1.0, total + 1)[1:], logs).astype(F32)
+    alpha, sigma = exp32(log_alpha), np.sqrt(F32(1) - exp32(F32(2) * log_alpha))
+    listed = (times[:-1] - F32(1 / total)) * F32(1000)
+    points = [Point(a, s, m - F32(0.5) * log32(s**2)) for a, s, m in zip(alpha, sigma, log_alpha, strict=True)]
+    return Plan(config, steps, listed, sigma / alpha, 1.0, "solver", acp, {"points": points})
+
+
+def dpm_solver(call: Call) -> Update:
+    """DPM-Solver++(2M) over even times: Lu et al. 2022 (arXiv 2211.01095), algorithm 2, as CompVis's SD calls it."""
+    points: list[Any] = call.plan.tables["points"]
+    here, end = points[call.index], points[call.index + 1]
+    denoised = denoised_of(call.kind, call.latents, call.output, here.alpha, here.sigma)
+    outputs = call.history.keep(denoised, 2)
+    short = call.last and call.plan.steps < 15
+    slopes: tuple[Array, ...] = (denoised,)
+    if len(outputs) == 2 and not short:
+        ratio = (here.half_log_snr - points[call.index - 1].half_log_snr) / (end.half_log_snr - here.half_log_snr)
+        slopes = (denoised, F32(1) / ratio * (denoised - outputs[0]))
+    latents = exponential_step(call, call.latents, here, end, slopes, False, None)
+    return call.done(latents, denoised, outputs=outputs)

@@ -1,0 +1,159 @@
+"""Samplers over sigma: Euler, Heun, DPM2, their ancestral forms, LMS, DPM++ SDE, and flow-matching Euler and Heun."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from latentedge.runtime.parametrisation import denoised_at, limited
+from latentedge.runtime.samplers.base import Call, Update
+from latentedge.runtime.schedules import F32, Array, ancestral_split, exp32, log32
+
+
+def _churned(call: Call) -> tuple[Array, Any]:
+    """(latents, sigma_hat) with noise added back: Karras et al. 2022 (arXiv 2206.00364), algorithm 2, lines 4 to 6."""
+    options, sigma = call.config, call.sigma
+    inside = options.get("s_tmin", 0.0) <= sigma <= options.get("s_tmax", math.inf)
+    gamma = min(options.get("s_churn", 0.0) / (len(call.plan.sigmas) - 1), 2**0.5 - 1) if inside else 0.0
+    if gamma <= 0:
+        return call.latents, sigma
+    sigma_hat = sigma * F32(gamma + 1)
+    noise = call.draw() * F32(options.get("s_noise", 1.0))
+    return call.latents + noise * np.sqrt(sigma_hat**2 - sigma**2), sigma_hat
+
+
+def euler(call: Call) -> Update:
+    """Euler: Karras et al. 2022, algorithm 2 without the correction; churn where the schedule sets ``s_churn``."""
+    sample, sigma_hat = _churned(call)
+    at = sigma_hat if call.kind == "epsilon" else call.sigma
+    denoised = denoised_at(call.kind, sample, call.output, at)
+    return call.done(sample + (sample - denoised) / sigma_hat * (call.sigma_next - sigma_hat), denoised)
+
+
+def euler_ancestral(call: Call) -> Update:
+    """Euler to sigma_down, then noise of sigma_up: algorithm 1 of Song et al. 2021 (arXiv 2011.13456) in sigma."""
+    denoised = denoised_at(call.kind, call.latents, call.output, call.sigma)
+    up, down = ancestral_split(call.sigma, call.sigma_next)
+    latents = call.latents + (call.latents - denoised) / call.sigma * (down - call.sigma)
+    return call.done(latents + call.draw() * up, denoised)
+
+
+def heun(call: Call) -> Update:
+    """Heun: Karras et al. 2022, algorithm 1; an Euler step, then the mean of the slopes at both of its ends."""
+    denoised = denoised_at(call.kind, call.latents, call.output, call.plan.input_sigmas[call.index])
+    if call.config.get("clip_sample"):
+        denoised = limited({**call.config, "thresholding": False}, denoised)
+    slope = (call.latents - denoised) / call.sigma
+    start = call.history.sample
+    if start is None:
+        latents = call.latents + slope * (call.sigma_next - call.sigma)
+        return call.done(latents, denoised, outputs=(slope,), sample=call.latents)
+    before = call.plan.sigmas[call.index - 1]
+    return call.done(start + (call.history.outputs[0] + slope) / F32(2) * (call.sigma - before), denoised)
+
+
+def dpm2(call: Call) -> Update:
+    """DPM-Solver-2: Lu et al. 2022 (arXiv 2206.00927), algorithm 1; the midpoint rule in log sigma.
+
+    The ancestral form aims at sigma_down and adds noise of sigma_up after the second evaluation.
+    """
+    tables, step = call.plan.tables, call.index // 2
+    at = call.plan.input_sigmas[call.index]
+    denoised = denoised_at(call.kind, call.latents, call.output, at)
+    slope, start = (call.latents - denoised) / at, call.history.sample
+    sigma, middle = tables["sigma"][step], tables["middle"][step]
+    if start is None:
+        return call.done(call.latents + slope * (middle - sigma), denoised, sample=call.latents)
+    if call.config["_class_name"] == "KDPM2DiscreteScheduler":
+        return call.done(start + slope * (tables["sigma"][step + 1] - sigma), denoised)
+    latents = start + slope * (tables["down"][step] - sigma)
+    return call.done(latents + call.draw() * tables["up"][step], denoised)
+
+
+def dpmpp_2s_ancestral(call: Call) -> Update:
+    """DPM-Solver++(2S) to sigma_down: Lu et al. 2022 (arXiv 2211.01095), algorithm 1, with k-diffusion's noise."""
+    tables, step, start = call.plan.tables, call.index // 2, call.history.sample
+    denoised = denoised_at(call.kind, call.latents, call.output, call.plan.input_sigmas[call.index])
+    sigma, middle, down = (tables[name][step] for name in ("sigma", "middle", "down"))
+    if start is None:
+        return call.done(middle / sigma * (call.latents - denoised) + denoised, denoised, sample=call.latents)
+    return call.done(down / sigma * (start - denoised) + denoised + call.draw() * tables["up"][step], denoised)
+
+
+def _lagrange_integral(nodes: Array, chosen: int, start: float, end: float) -> float:
+    """The integral from ``start`` to ``end`` of the polynomial that is 1 at one node and 0 at the others."""
+    points, weights = np.polynomial.legendre.leggauss(len(nodes))
+    points = (end - start) / 2 * points + (end + start) / 2
+    others = np.delete(nodes, chosen)
+    values = np.prod([(points - other) / (nodes[chosen] - other) for other in others], axis=0)
+    return float((end - start) / 2 * np.sum(weights * values))
+
+
+def lms(call: Call) -> Update:
+    """Linear multistep over sigma: Adams-Bashforth with the polynomial through up to ``order`` past slopes (4)."""
+    wanted = int(call.config.get("order") or 4)
+    denoised = denoised_at(call.kind, call.latents, call.output, call.sigma)
+    slopes = call.history.keep((call.latents - denoised) / call.sigma, wanted)
+    order = min(call.index + 1, wanted)
+    sigmas = call.plan.sigmas.astype(np.float64)
+    nodes = sigmas[call.index - np.arange(order)]
+    latents = call.latents
+    for i, slope in enumerate(slopes[::-1]):
+        latents = latents + F32(_lagrange_integral(nodes, i, nodes[0], sigmas[call.index + 1])) * slope
+    return call.done(latents, denoised, outputs=slopes)
+
+
+def dpmpp_sde(call: Call) -> Update:
+    """DPM-Solver++ (SDE), singlestep with a midpoint: Lu et al. 2022 (arXiv 2211.01095), in k-diffusion's form.
+
+    Both halves of a step see the same Brownian motion, so fresh draws of the second half are joined to the first's;
+    recorded draws are increments already.
+    """
+    at = call.plan.input_sigmas[call.index]
+    denoised = denoised_at(call.kind, call.latents, call.output, at)
+    start = call.history.sample
+    sigma, sigma_next = call.sigma, call.sigma_next
+    if start is not None:
+        sigma, sigma_next = call.plan.sigmas[call.index - 1], call.sigma
+    if sigma_next == 0:
+        return call.done(call.latents + (call.latents - denoised) / sigma * (sigma_next - sigma), denoised)
+    t, noise = -log32(sigma), call.draw()
+    middle = call.plan.tables["middle"][call.index // 2]
+    if start is not None and not call.recorded and call.history.partial is not None:
+        share = (sigma - middle) / (sigma - sigma_next)
+        noise = np.sqrt(share) * call.history.partial + np.sqrt(F32(1) - share) * noise
+    t_target = -log32(middle) if start is None else -log32(sigma_next)
+    sigma_from, sigma_to = exp32(-t), exp32(-t_target)
+    up = min(sigma_to, ancestral_split(sigma_from, sigma_to)[0])
+    t_down = -log32(np.sqrt(sigma_to**2 - up**2))
+    base = call.latents if start is None else start
+    decay = F32(np.expm1(np.float64(t - t_down)))
+    latents = exp32(-t_down) / sigma_from * base - decay * denoised
+    latents = latents + noise * F32(call.config.get("s_noise", 1.0)) * up
+    if start is None:
+        return call.done(latents, denoised, sample=call.latents, partial=noise)
+    return call.done(latents, denoised)
+
+
+def flow_euler(call: Call) -> Update:
+    """Rectified flow: Liu et al. 2022 (arXiv 2209.03003), algorithm 1; ``stochastic_sampling`` renoises each step."""
+    denoised = call.latents - call.sigma * call.output
+    if call.config.get("stochastic_sampling"):
+        return call.done((F32(1) - call.sigma_next) * denoised + call.sigma_next * call.draw(), denoised)
+    return call.done(call.latents + (call.sigma_next - call.sigma) * call.output, denoised)
+
+
+def flow_heun(call: Call) -> Update:
+    """Heun's rule on the flow's velocity; churn as for Euler."""
+    sample, start = call.latents, call.history.sample
+    sigma_hat = call.sigma
+    if start is None:
+        sample, sigma_hat = _churned(call)
+    denoised = sample - call.output * call.sigma
+    slope = (sample - denoised) / sigma_hat
+    if start is None:
+        step = np.asarray(call.sigma_next - sigma_hat)
+        return call.done(sample + slope * step, denoised, outputs=(slope,), sample=sample, partial=step)
+    return call.done(start + F32(0.5) * (call.history.outputs[0] + slope) * call.history.partial, denoised)

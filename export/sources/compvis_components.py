@@ -12,9 +12,9 @@ from latentedge.export.models.stages import FirstStageDecoder, FirstStageEncoder
 from latentedge.export.sources.compvis_weights import Network
 from latentedge.runtime.bundle import Array, Axis, Component, Dimension, Latent, TensorSpec, resolve_dimension
 
-#: Largest batch that engines are built for: four pictures with guidance.
 #: Latent side that every model takes at least, so that a tiny one can be compared on several sizes too.
 SMALLEST_RANGE = 16
+#: Largest batch that engines are built for: four pictures with guidance.
 LARGEST_BATCH = 8
 #: Longest row of CLIP embeddings: a prompt's and twenty neighbours'.
 LARGEST_ROW = 21

@@ -58,9 +58,9 @@ def load_library(backend: str) -> Any:
 
 
 class Log:
-    """TensorRT's log: errors are kept for the message of the exception, the rest goes to ``listener``."""
+    """TensorRT's log: errors are kept for the message of the exception, every line goes to ``listener`` with its level."""
 
-    def __init__(self, library: Any, listener: Callable[[str], None] | None = None) -> None:
+    def __init__(self, library: Any, listener: Callable[[str, str], None] | None = None) -> None:
         self.errors: list[str] = []
         severity = library.ILogger.Severity
         log = self
@@ -73,7 +73,7 @@ class Log:
                 if level in (severity.INTERNAL_ERROR, severity.ERROR):
                     log.errors.append(message.strip())
                 if listener is not None:
-                    listener(message)
+                    listener(level.name, message)
 
         self.logger: trt.ILogger = Logger()
 

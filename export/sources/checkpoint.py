@@ -30,6 +30,9 @@ LEGACY_PICKLES = 4
 #: Modules whose names torch's unpickler allows or refuses itself.
 UNDERSTOOD = ("torch.", "collections.")
 
+#: Pickles of protocol 2 hold the names that modules had in Python 2.
+PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
 Shape = tuple[int, ...]
 
 
@@ -134,7 +137,9 @@ def _open_pickled(path: Path) -> Checkpoint:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    # torch wraps the reason in advice to load the file unsafely.
+    wrapped = isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, pickle.UnpicklingError)
+    lines = str(error.__context__ if wrapped else error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
@@ -160,7 +165,8 @@ def _globals_of(stream: IO[bytes]) -> set[str]:
     found = set()
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name == "GLOBAL":
-            found.add(str(argument).replace(" ", "."))
+            module, name = str(argument).split(" ", 1)
+            found.add(f"{PYTHON_2_MODULES.get(module, module)}.{name}")
     return found
 
 

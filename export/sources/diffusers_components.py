@@ -45,7 +45,8 @@ def compared_axes(axes: Mapping[str, Axis]) -> tuple[dict[str, int], tuple[dict[
         return {"batch": 2}, ({"batch": 1}, {"batch": 3})
     height = min(axes["latent_height"].opt, COMPARED_SIDE)
     width = min(axes["latent_width"].opt, COMPARED_SIDE)
-    low, narrow = axes["latent_height"].min, axes["latent_width"].min
+    # Not the smallest size: group norms over the few pixels of a 1 x 1 level tell nothing about an export.
+    low, narrow = (min(2 * axes[name].min, axes[name].opt) for name in ("latent_height", "latent_width"))
     traced = {"batch": 2, "latent_height": height, "latent_width": max(width * 3 // 4, narrow)}
     others = (
         {"batch": 1, "latent_height": height, "latent_width": width},

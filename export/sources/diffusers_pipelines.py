@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tokenizers import Tokenizer
 
 from latentedge.export.model import ComponentSource, SourceModel, SourceOptions, TokenizerSource
 from latentedge.export.sources.diffusers_components import (
@@ -239,7 +240,18 @@ def _tokenizers(parts: Parts, options: SourceOptions, messages: list[str]) -> di
             continue
         kind = "bert" if part.kind == "LDMBertModel" else "clip"
         found[name] = load_tokenizer(folder, kind, int(part.config["max_position_embeddings"]), None)
+        _check_vocabulary(found[name], part, folder)
     return found
+
+
+def _check_vocabulary(tokenizer: TokenizerSource, part: Part, folder: Path | str) -> None:
+    largest = max(Tokenizer.from_str(tokenizer.json).get_vocab(with_added_tokens=True).values())
+    if largest >= int(part.config["vocab_size"]):
+        raise LatentEdgeError(
+            f"the tokenizer in {folder} numbers its tokens up to {largest}; {part.folder} knows "
+            f"{part.config['vocab_size']}.",
+            hint="give the tokenizer that the text encoder was trained with",
+        )
 
 
 def _defaults(

@@ -112,7 +112,10 @@ def _clip(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (CLIP_BEGIN, CLIP_END)])
     tokenizer.post_processor = processors.RobertaProcessing(
-        (CLIP_END, vocabulary[CLIP_END]), (CLIP_BEGIN, vocabulary[CLIP_BEGIN]), trim_offsets=False, add_prefix_space=False
+        (CLIP_END, vocabulary[CLIP_END]),
+        (CLIP_BEGIN, vocabulary[CLIP_BEGIN]),
+        trim_offsets=False,
+        add_prefix_space=False,
     )
     return tokenizer
 
@@ -198,9 +201,7 @@ def _from_transformers(original: Any, length: int, pad: str | None) -> Tokenizer
     return _finished(tokenizer, length, str(original.pad_token), golden)
 
 
-def _finished(
-    tokenizer: Tokenizer, length: int, pad: str, golden: dict[str, tuple[int, ...]]
-) -> TokenizerSource:
+def _finished(tokenizer: Tokenizer, length: int, pad: str, golden: dict[str, tuple[int, ...]]) -> TokenizerSource:
     """Set padding and truncation, record ids, and compare them with the original's where there is one."""
     number = tokenizer.token_to_id(pad)
     if number is None:

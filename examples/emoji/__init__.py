@@ -1,0 +1,1 @@
+"""The embedded default model: how its data is made, and how it is trained and judged."""

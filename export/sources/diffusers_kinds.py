@@ -24,6 +24,8 @@ class Kind:
     scaled: bool = True
     #: The class that reads LoRA files for this family.
     lora_pipeline: str | None = None
+    #: What the class's constructor sets in its scheduler, whatever the scheduler's configuration says.
+    schedule: tuple[tuple[str, object], ...] = ()
 
 
 CLIP = (("text_encoder", "tokenizer"),)
@@ -34,12 +36,30 @@ INPAINTING = (
 )
 EDITING = (ConcatInput("image_latent", 4, scaled=False, posterior="mode"),)
 SD, SDXL, LDM = "stable-diffusion", "stable-diffusion-xl", "latent-diffusion"
+OFFSET, NO_CLIPPING, PLMS_ONLY = ("steps_offset", 1), ("clip_sample", False), ("skip_prk_steps", True)
 SD_LORA, SDXL_LORA = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 
 KINDS = (
-    Kind("StableDiffusionPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("StableDiffusionImg2ImgPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("StableDiffusionInpaintPipeline", SD, "inpainting", text=CLIP, concat=INPAINTING, lora_pipeline=SD_LORA),
+    Kind(
+        "StableDiffusionPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA, schedule=(OFFSET, NO_CLIPPING)
+    ),
+    Kind(
+        "StableDiffusionImg2ImgPipeline",
+        SD,
+        "text-to-image",
+        text=CLIP,
+        lora_pipeline=SD_LORA,
+        schedule=(OFFSET, NO_CLIPPING),
+    ),
+    Kind(
+        "StableDiffusionInpaintPipeline",
+        SD,
+        "inpainting",
+        text=CLIP,
+        concat=INPAINTING,
+        lora_pipeline=SD_LORA,
+        schedule=(OFFSET, PLMS_ONLY),
+    ),
     Kind(
         "StableDiffusionInstructPix2PixPipeline",
         SD,

@@ -114,10 +114,13 @@ def component_class(kind: str) -> Any:
 
 
 def pipeline_class(name: str) -> Any:
-    """A pipeline class of diffusers."""
+    """A pipeline or scheduler class of diffusers."""
     module = library("diffusers")
     with quiet():
-        return getattr(module, name)
+        found = getattr(module, name, None)
+    if found is None:
+        raise LatentEdgeError(f"diffusers {module.__version__} has no {name}.", hint="install a newer diffusers")
+    return found
 
 
 def _defaults(kind: str) -> dict[str, Any]:

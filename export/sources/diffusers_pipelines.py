@@ -80,7 +80,7 @@ def read_pipeline(folder: Path, index: Mapping[str, Any], kind: Kind, options: S
             encoding=ENCODINGS[first_stage.kind],
         ),
         conditioning=conditioning,
-        schedule={**read_json(folder / "scheduler" / "scheduler_config.json"), "dialect": "diffusers"},
+        schedule=_schedule(folder, kind),
         defaults=_defaults(kind, parts, folder, index, factor, messages),
         components=tuple(_components(kind, parts, conditioning, scale_factor, loras)),
         tokenizers=tokenizers,
@@ -291,6 +291,14 @@ def _loras(options: SourceOptions, kind: Kind, parts: Parts) -> tuple[Lora, ...]
 
 def _notes(loras: Sequence[Lora]) -> list[str]:
     return [f"LoRA {lora.path.name} merged with scale {lora.scale:g}" for lora in loras]
+
+
+def _schedule(folder: Path, kind: Kind) -> dict[str, object]:
+    """The scheduler's configuration as the pipeline runs it: some classes set fields of it when they are made."""
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    fields = inspect.signature(pipeline_class(str(schedule.get("_class_name"))).__init__).parameters
+    changes = {name: value for name, value in kind.schedule if name in fields}
+    return {**schedule, **changes, "dialect": "diffusers"}
 
 
 def _hashes(folder: Path, parts: Parts, loras: Sequence[Lora]) -> dict[str, str]:

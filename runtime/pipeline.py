@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from latentedge.runtime import autoencoder, guidance, images, samplers, selection
 from latentedge.runtime.bundle import Array, Bundle, Manifest
 from latentedge.runtime.conditioning import Conditioner, concat_input, repeated
+from latentedge.runtime.correction import corrected
 from latentedge.runtime.denoiser import Branch, Combine, Denoiser
 from latentedge.runtime.engines import Engine, EngineOptions, open_engine
 from latentedge.runtime.errors import UsageError
@@ -111,6 +113,9 @@ class Pipeline:
         """
         bundle = Bundle.open(path)
         choice = selection.choose(bundle, backend, precision)
+        warning = selection.below_floor(bundle, choice)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=2)
         return cls(bundle, choice.backend, choice.precision, options)
 
     @property
@@ -296,6 +301,7 @@ class Pipeline:
             plan = samplers.prepare(run.schedule, run.sampler, run.steps)
             first = begin if run.request.start is None else run.request.start.index + 1
             model = denoiser.within(plan.input_sigmas, first, interval)
+        model = corrected(model, self.bundle, self.precision)
         loop = samplers.sample(
             model,
             latents,

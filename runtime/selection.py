@@ -103,15 +103,36 @@ def good_enough(component: Component, backend: str, precision: str) -> bool:
 
     Without a record only fp32 is good enough.
     """
-    records = [
+    records = _quality(component, backend, precision)
+    return all(map(_holds, records)) and (bool(records) or precision == "fp32")
+
+
+def below_floor(bundle: Bundle, choice: Choice) -> str | None:
+    """What the caller of a precision below its quality floor must know, with the figures; ``None`` above it."""
+    for record in _quality(_denoiser(bundle), choice.backend, choice.precision):
+        if not _holds(record):
+            return (
+                f"{choice.precision} with {choice.backend} is below this bundle's quality floor: "
+                f"{record.get('psnr_db', record['psnr_worst_db']):.1f} dB PSNR on average and "
+                f"{record['psnr_worst_db']:.1f} dB at worst against fp32 "
+                f"(floors {record.get('floor_mean_db', record['floor_db']):g} and {record['floor_db']:g} dB)."
+            )
+    return None
+
+
+def _quality(component: Component, backend: str, precision: str) -> list[dict[str, Any]]:
+    return [
         record
         for record in _records(component, precision)
         if record.get("kind") == "quality"
         and record.get("precision", precision) == precision
         and record.get("backend", backend) == backend
     ]
-    good = all(record["psnr_worst_db"] >= record["floor_db"] for record in records)
-    return good and (bool(records) or precision == "fp32")
+
+
+def _holds(record: dict[str, Any]) -> bool:
+    mean = record.get("psnr_db", record["psnr_worst_db"])
+    return bool(record["psnr_worst_db"] >= record["floor_db"] and mean >= record.get("floor_mean_db", record["floor_db"]))
 
 
 def library_version(backend: str) -> str:

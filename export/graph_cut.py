@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from latentedge.export.errors import ExportError
 
@@ -33,7 +34,9 @@ class CutGraph:
 
     @classmethod
     def of(cls, model: ir.Model) -> CutGraph:
-        """Analyse ``model``, whose nodes must be in execution order as the exporter writes them."""
+        """Analyse ``model``, whose nodes must be in execution order; types that it does not declare are inferred."""
+        if any(value.dtype is None or value.shape is None for node in model.graph for value in node.outputs):
+            common.ShapeInferencePass()(model)
         nodes = tuple(model.graph)
         made = {value: index for index, node in enumerate(nodes) for value in node.outputs}
         last_read = {value: index for index, node in enumerate(nodes) for value in read_by(node)}
@@ -54,8 +57,9 @@ class CutGraph:
         ]
 
     def can_cut(self, position: int) -> bool:
-        """Whether only floats cross: a quantised value belongs to the node that reads it."""
-        return all(value.dtype in _FLOATS and value.shape is not None for value in self.crossing(position))
+        """Whether floats cross, and nothing else: a quantised value belongs to the node that reads it."""
+        crossing = self.crossing(position)
+        return bool(crossing) and all(value.dtype in _FLOATS and value.shape is not None for value in crossing)
 
     def weight(self, begin: int, end: int) -> int:
         """Bytes of the initialisers that the nodes from ``begin`` to ``end`` read."""
@@ -133,31 +137,37 @@ def _greedy(graph: CutGraph, candidates: Sequence[int], limit: int) -> list[int]
 def cut(graph: CutGraph, positions: Iterable[int]) -> list[ir.Model]:
     """The parts between ``positions``, in the order in which they run. Inputs and outputs keep their names.
 
-    :class:`ExportError` where a cut would pass anything but floats on.
+    :class:`ExportError` where a cut would pass nothing on, or anything but floats.
     """
-    ends = [*positions, len(graph.nodes)]
-    refused = [position for position in ends[:-1] if not graph.can_cut(position)]
-    if refused:
-        raise ExportError(f"the graph cannot be cut before the nodes {refused}: quantised values would be passed on.")
-    return [_part(graph, begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _part(graph: CutGraph, begin: int, end: int) -> ir.Model:
-    outputs = [
-        value
-        for value, index in graph.made.items()
-        if begin <= index < end <= graph.last_read.get(value, -1) and value not in graph.recomputed
-    ]
     whole = graph.model.graph
-    outputs += [value for value in whole.outputs if value not in outputs and begin <= graph.made[value] < end]
-    needed = _needed(graph, outputs, begin)
-    inputs = [value for value in (*whole.inputs, *graph.made) if value in needed]
-    part = ir.convenience.extract(whole, inputs, outputs)
+    ends = [*positions, len(graph.nodes)]
+    wanted = set(whole.outputs)
+    parts: list[ir.Model] = []
+    for begin, end in reversed(list(zip([0, *ends[:-1]], ends, strict=True))):
+        outputs = [value for value, index in graph.made.items() if value in wanted and begin <= index < end]
+        needed = _needed(graph, outputs, begin)
+        if not outputs:
+            raise ExportError(
+                f"the graph cannot be cut at node {end}: the part before computes nothing for the others."
+            )
+        quantised = [value.name for value in needed if value in graph.made and value.dtype not in _FLOATS]
+        if quantised:
+            raise ExportError(
+                f"the graph cannot be cut at node {begin}: quantised values would be passed on: {quantised}."
+            )
+        inputs = [value for value in (*whole.inputs, *graph.made) if value in needed]
+        parts.insert(0, _extract(graph.model, inputs, outputs))
+        wanted |= needed
+    return parts
+
+
+def _extract(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+    part = ir.convenience.extract(model.graph, inputs, outputs)
     # The library collects initialisers in a set; in a fixed order the same cut gives the same file.
     ordered = sorted(part.initializers.items())
     part.initializers.clear()
     part.initializers.update(ordered)
-    return ir.Model(part, ir_version=graph.model.ir_version)
+    return ir.Model(part, ir_version=model.ir_version)
 
 
 def _needed(graph: CutGraph, outputs: Iterable[ir.Value], begin: int) -> set[ir.Value]:

@@ -1,0 +1,83 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from latentedge.export.builders import BuildRequest, Range
+from latentedge.export.tensorrt.profiles import engine_axes
+from latentedge.runtime.bundle import (
+    Axis,
+    Bundle,
+    Component,
+    Conditioning,
+    Defaults,
+    Latent,
+    Manifest,
+    Source,
+    TensorSpec,
+)
+from latentedge.runtime.errors import UsageError
+
+AXES = {"batch": Axis(1, 2, 16), "latent_height": Axis(8, 64, 128, 8), "latent_width": Axis(8, 64, 128, 8)}
+UNET = Component("unet", (TensorSpec("sample", "float32", ("batch", 4, *list(AXES)[1:])),), (), AXES)
+DECODER = dataclasses.replace(UNET, name="vae_decoder", axes={**AXES, "batch": Axis(1, 1, 8)})
+
+
+def request(task: str = "text-to-image", **settings: object) -> BuildRequest:
+    manifest = Manifest(
+        "ldm", task, Source("test", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(512, 512), {"unet": UNET}
+    )
+    return BuildRequest(Bundle(Path("x.bundle"), manifest), "tensorrt", **settings)
+
+
+def ends(axis: Axis) -> tuple[int, int, int]:
+    return axis.min, axis.opt, axis.max
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "height", "width"),
+    [
+        ({}, (2, 2, 2), (64, 64, 64), (64, 64, 64)),
+        ({"low_memory": True}, (1, 1, 1), (64, 64, 64), (64, 64, 64)),
+        ({"batch": Range(3, 3)}, (6, 6, 6), (64, 64, 64), (64, 64, 64)),
+        ({"batch": Range(1, 4)}, (1, 2, 8), (64, 64, 64), (64, 64, 64)),
+        ({"size": (Range(256, 768), Range(256, 768))}, (2, 2, 2), (32, 64, 96), (32, 64, 96)),
+        ({"size": (Range(768, 1024), Range(128, 256))}, (2, 2, 2), (96, 96, 128), (16, 32, 32)),
+    ],
+)
+def test_a_denoisers_profile(settings: dict[str, object], batch: object, height: object, width: object) -> None:
+    axes = engine_axes(request(**settings), UNET)
+    assert (ends(axes["batch"]), ends(axes["latent_height"]), ends(axes["latent_width"])) == (batch, height, width)
+
+
+def test_only_the_denoiser_evaluates_the_branches_of_guidance() -> None:
+    assert ends(engine_axes(request(batch=Range(2, 3)), DECODER)["batch"]) == (2, 2, 3)
+
+
+def test_a_super_resolution_models_size_is_its_low_resolution_pictures() -> None:
+    axes = engine_axes(request("super-resolution", size=(Range(64, 128), Range(64, 128))), UNET)
+    assert ends(axes["latent_height"]) == (64, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": (Range(500, 500), Range(512, 512))}, "multiples of 64, found 500..500"),
+        ({"size": (Range(512, 2048), Range(512, 512))}, r"exported for latent_height 8\.\.128, asked for: 64\.\.256"),
+        ({"batch": Range(1, 9)}, r"exported for batch 1\.\.16, asked for: 1\.\.18"),
+    ],
+)
+def test_what_the_network_was_not_exported_for_is_an_error(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        engine_axes(request(**settings), UNET)
+
+
+@pytest.mark.parametrize("text", ["", "0", "4..1", "1..", "..4", "a", "1...4", "-1", "1.5"])
+def test_a_range_that_cannot_be_read_is_an_error(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a length such as 2"):
+        Range.parse(text)
+
+
+def test_ranges_are_read() -> None:
+    assert Range.parse("2") == Range(2, 2)
+    assert Range.parse("256..768") == Range(256, 768)

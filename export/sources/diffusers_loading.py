@@ -164,15 +164,21 @@ def load(part: Part) -> Any:
         with quiet():
             model, info = component_class(part.kind).from_pretrained(part.folder, **options)
     except READING_ERRORS as error:
+        if "expected shape" in str(error):
+            raise LatentEdgeError(
+                f"the weights in {part.folder} do not fit its config.json: {_first_sentence(error)}.",
+                hint="config.json and weights must come from the same checkpoint",
+            ) from error
         raise LatentEdgeError(
-            f"{part.folder} cannot be loaded: {_first_line(error)}", hint="copy or download the weights again"
+            f"{part.folder} cannot be loaded: {_first_sentence(error)}.", hint="copy or download the weights again"
         ) from error
     _check_keys(part, info)
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].partition(". ")[0].rstrip(".")
 
 
 def _check_keys(part: Part, info: Mapping[str, Iterable[Any]]) -> None:
@@ -206,7 +212,7 @@ class Lora:
         try:
             state, alphas = pipeline.lora_state_dict(str(self.path), unet_config=_Fields(self.unet_config))
         except READING_ERRORS as error:
-            raise LatentEdgeError(f"{self.path} is no LoRA that diffusers reads: {_first_line(error)}") from error
+            raise LatentEdgeError(f"{self.path} is no LoRA that diffusers reads: {_first_sentence(error)}.") from error
         return state, alphas
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """diffusers' ``randn_tensor`` in every module that has imported it, recorded."""
     from diffusers.utils import torch_utils
 
@@ -84,7 +84,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers.") and getattr(module, "__dict__", {}).get("randn_tensor") is original:
             monkeypatch.setattr(module, "randn_tensor", recorded)
-    yield found
+    return found
 
 
 class Spy:

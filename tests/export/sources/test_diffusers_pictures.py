@@ -6,7 +6,6 @@ The networks run in torch here; that the exported graphs equal them is what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,11 +130,11 @@ LDM_FIRST_STAGE = "vqvae"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each model once: diffusers' pipeline and ours, by name, on demand."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("diffusers")
-    yield _Models(root)
+    return _Models(root)
 
 
 class _Models(dict[str, Any]):

@@ -19,7 +19,7 @@ from latentedge.calibration.weights import quantise_weight
 from latentedge.runtime.bundle import Array
 
 #: Exponents of the balancing that are tried.
-EXPONENTS = (0.35, 0.5, 0.65)
+EXPONENTS = (0.5, 0.65, 0.8)
 #: Balancing is taken where it lowers the error to this fraction: it also changes a norm.
 WORTHWHILE = 0.9
 #: Fractions of the balanced maximum that are tried.
@@ -230,6 +230,8 @@ class Search:
             whole = [fake_quantise(array, shared.amax) for array in data]
             if _mean_error([reader], joined, references) < _mean_error([reader], whole, references) * WORTHWHILE:
                 result.split.append(entry.layer.name)
+                # The correction was measured with one range for the whole convolution.
+                result.bias.pop(entry.layer.name, None)
                 for part in parts:
                     result.activations.setdefault(part, ActivationPlan(ranges[part], "split"))
 

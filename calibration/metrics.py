@@ -1,0 +1,84 @@
+"""How far pictures and latents of one model are from those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from latentedge.runtime.bundle import Array
+
+#: Given to pictures without any difference, in dB.
+IDENTICAL_DB = 100.0
+#: Window of SSIM, as Wang et al. 2004 define it: an 11 x 11 Gaussian of sigma 1.5, K1 = 0.01, K2 = 0.03.
+WINDOW, SIGMA = 11, 1.5
+
+
+def psnr(reference: Array, computed: Array) -> float:
+    """Peak signal to noise ratio of pictures in 0..1, in dB, at most 100; values that are not finite give 0."""
+    if not np.isfinite(computed).all():
+        return 0.0
+    error = float(np.mean(np.square(reference.astype(np.float64) - computed)))
+    return IDENTICAL_DB if error == 0 else float(min(IDENTICAL_DB, -10 * np.log10(error)))
+
+
+def sqnr(reference: Array, computed: Array) -> float:
+    """Signal to quantisation noise ratio in dB, at most 100; values that are not finite give -100."""
+    if not np.isfinite(computed).all():
+        return -IDENTICAL_DB
+    power = float(np.mean(np.square(reference, dtype=np.float64)))
+    error = float(np.mean(np.square(reference.astype(np.float64) - computed)))
+    if error == 0:
+        return IDENTICAL_DB
+    return float(np.clip(10 * np.log10(max(power, 1e-30) / error), -IDENTICAL_DB, IDENTICAL_DB))
+
+
+def ssim(reference: Array, computed: Array) -> float:
+    """Mean structural similarity of two pictures ``[H, W, 3]`` in 0..1, over channels; windows stay inside."""
+    side = min(WINDOW, *reference.shape[:2])
+    offsets = np.arange(side) - (side - 1) / 2
+    kernel = np.exp(-(offsets**2) / (2 * SIGMA**2))
+    kernel /= kernel.sum()
+    a, b = reference.astype(np.float64), computed.astype(np.float64)
+    mean_a, mean_b = _blur(a, kernel), _blur(b, kernel)
+    variance_a = _blur(a * a, kernel) - mean_a**2
+    variance_b = _blur(b * b, kernel) - mean_b**2
+    covariance = _blur(a * b, kernel) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    top = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float(np.mean(top / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))))
+
+
+def _blur(picture: Array, kernel: Array) -> Array:
+    for axis in (0, 1):
+        windows = np.lib.stride_tricks.sliding_window_view(picture, len(kernel), axis=axis)
+        picture = windows @ kernel
+    return picture
+
+
+def frechet_distance(first: Array, second: Array) -> float:
+    """Frechet distance of two sets of features ``[N, D]`` as Gaussians (Heusel et al. 2017, eq. 6).
+
+    ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``; the trace of the root comes from the eigenvalues of
+    ``C1^(1/2) C2 C1^(1/2)``, which is symmetric.
+    """
+    if len(first) < 2 or len(second) < 2:
+        raise ValueError("a Frechet distance needs at least two pictures on each side")
+    means = first.mean(axis=0) - second.mean(axis=0)
+    one, two = (np.atleast_2d(np.cov(side.astype(np.float64), rowvar=False)) for side in (first, second))
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    mixed = np.linalg.eigvalsh(root @ two @ root)
+    trace = np.trace(one) + np.trace(two) - 2 * np.sqrt(np.maximum(mixed, 0)).sum()
+    return float(max(0.0, means @ means + trace))
+
+
+def latent_features(latents: Array) -> Array:
+    """Features of encoded pictures ``[N, C, h, w]``: each channel's mean and deviation over a 2 x 2 grid, [N, 8 C]."""
+    count, channels, height, width = latents.shape
+    if height < 2 or width < 2:
+        return np.asarray(latents.reshape(count, -1), np.float64)
+    cells = [part for rows in np.array_split(latents, 2, axis=2) for part in np.array_split(rows, 2, axis=3)]
+    reductions: tuple[Callable[..., Array], ...] = (np.mean, np.std)
+    features = [reduce(cell, axis=(2, 3), dtype=np.float64) for cell in cells for reduce in reductions]
+    return np.concatenate(features, axis=1).reshape(count, 8 * channels)

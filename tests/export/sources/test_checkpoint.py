@@ -77,7 +77,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
         except LatentEdgeError as error:
             # torch refuses to read some modules; what it reads has become stand-ins.
             assert "posix.system" in error.message  # noqa: PT017
-            assert number == 1  # noqa: PT017
+            assert number == 1
         assert not marker.exists()
 
 

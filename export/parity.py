@@ -60,8 +60,8 @@ class Measurement:
         """The largest absolute error of all outputs."""
         return max(found.max_abs_error for found in self.outputs.values())
 
-    def record(self, floor: float, reference: str) -> dict[str, Any]:
-        """The entry of ``Variant.measured``."""
+    def record(self, floor: float, reference: str, computed_by: str) -> dict[str, Any]:
+        """The entry of ``Variant.measured``; ``reference`` and ``computed_by`` say what was compared."""
         return {
             "kind": "parity",
             "psnr_db": round(self.psnr_db, 2),
@@ -69,7 +69,7 @@ class Measurement:
             "floor_psnr_db": floor,
             "cases": self.cases,
             "reference": reference,
-            "backend": "onnxruntime cpu",
+            "computed_by": computed_by,
             "outputs": {name: dataclasses.asdict(found) for name, found in self.outputs.items()},
         }
 
@@ -101,8 +101,14 @@ def with_reference(module: torch.nn.Module, component: Component, cases: list[Ca
 
     for case in cases:
         arguments = [torch.from_numpy(case.inputs[spec.name]) for spec in component.inputs]
-        with torch.no_grad():
-            result = module(*arguments)
+        try:
+            with torch.no_grad():
+                result = module(*arguments)
+        except RuntimeError as error:
+            raise ExportError(
+                f"{component.name}: the original fails with {case.axes}: {str(error).splitlines()[0]}",
+                hint="the declared axes allow sizes that the network does not take",
+            ) from error
         tensors = result if isinstance(result, (tuple, list)) else (result,)
         outputs: dict[str, Array] = {}
         for spec, tensor in zip(component.outputs, tensors, strict=True):

@@ -7,7 +7,8 @@ the floor is searched by halving.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from latentedge.export.parity import Case, Measurement, measure
 from latentedge.export.passes.cleanup import infer_shapes
 from latentedge.export.passes.half_precision import HALF_MAX, cast_to_half, needs_float32
 from latentedge.export.passes.ranges import add_range_outputs, ranges_of
+from latentedge.export.passes.rounding import round_every_result
 from latentedge.export.session import HostSession
 from latentedge.runtime.errors import ParityError
 from latentedge.runtime.parity import FLOORS
@@ -65,31 +67,42 @@ def half_from_onnx(
 
 
 def write_half(source: Path, target: Path, kept: Collection[str], cases: list[Case]) -> Measurement:
-    """Cast the graph except the nodes named in ``kept``, write it, and compare it with the original."""
+    """Cast the graph except the nodes named in ``kept``, write it, and compare it with the original.
+
+    The comparison rounds every operator's result to float16, as a float16 engine does at the least.
+    """
     model = _load(source)
     cast_to_half(model, [node for node in model.graph if node.name in kept])
     remove_model(target)
     save_model(model, target)
-    with HostSession(target) as session:
+    rounded = _load(target)
+    round_every_result(rounded)
+    with _probe(rounded, target) as session:
         return measure(session.run, cases)
+
+
+@contextlib.contextmanager
+def _probe(model: ir.Model, beside: Path) -> Iterator[HostSession]:
+    """A session of ``model``, which is written beside the graph that holds its external weights, and deleted."""
+    path = beside.with_name(f"{beside.stem}.probe.onnx")
+    try:
+        save_model(model, path, keep_external=True)
+        with HostSession(path) as session:
+            yield session
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def measure_ranges(source: Path, cases: list[Case]) -> dict[str, float]:
     """Largest magnitude of every float tensor of the graph at ``source``, over some of the cases."""
     model = _load(source)
     add_range_outputs(model)
-    # Beside the graph, so that references to its external weights stay valid.
-    probe = source.with_name(f"{source.stem}.ranges.onnx")
-    try:
-        save_model(model, probe, keep_external=True)
-        ranges: dict[str, float] = {}
-        with HostSession(probe) as session:
-            for case in cases[:RANGE_CASES]:
-                outputs = {name: float(array) for name, array in session.run(case.inputs).items()}
-                for name, value in ranges_of(outputs).items():
-                    ranges[name] = max(value, ranges.get(name, 0.0))
-    finally:
-        probe.unlink(missing_ok=True)
+    ranges: dict[str, float] = {}
+    with _probe(model, source) as session:
+        for case in cases[:RANGE_CASES]:
+            outputs = {name: float(array) for name, array in session.run(case.inputs).items()}
+            for name, value in ranges_of(outputs).items():
+                ranges[name] = max(value, ranges.get(name, 0.0))
     return ranges
 
 

@@ -68,19 +68,38 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> Ch
             f"the bundle has: {', '.join(component.variants)}.",
             hint="write another precision with `latentedge export ... --precision`, or install another backend",
         )
-    machine = machine_fingerprint()
+    default = next((pair for pair in candidates if pair[1] == "fp32"), candidates[0])
     measured = [
-        (record["ratio"], name, wanted)
+        (*speed, name, wanted)
         for name, wanted in candidates
-        if (record := latency_record(component, name, wanted, machine)) is not None
-        and (precision != "auto" or (record["ratio_low"] > 1 and good_enough(component, name, wanted)))
+        if (speed := _speed(component, name, wanted, default[0])) is not None
+        and (precision != "auto" or (speed[1] > 1 and good_enough(component, name, wanted)))
     ]
     if measured:
-        ratio, name, wanted = max(measured)
-        return Choice(name, wanted, f"measured here: {ratio:.2f} times the speed of the reference")
-    name, wanted = next((pair for pair in candidates if pair[1] == "fp32"), candidates[0])
+        ratio, _, name, wanted = max(measured)
+        return Choice(name, wanted, f"measured here: {ratio:.2f} times the speed of {default[0]} fp32")
+    name, wanted = default
     asked = backend != "auto" and precision != "auto"
     return Choice(name, wanted, "asked for" if asked else "nothing faster was measured on this machine")
+
+
+def _speed(component: Component, backend: str, precision: str, default: str) -> tuple[float, float] | None:
+    """How many times faster than ``default`` in fp32 a setting was measured here, and the lower bound of that.
+
+    A record's reference is a setting; "fp32" alone means the same backend. Records with another reference are
+    brought to the default's by the default's own record.
+    """
+    machine = machine_fingerprint()
+    record = latency_record(component, backend, precision, machine)
+    if record is None:
+        return None
+    reference = record["reference"] if " " in record["reference"] else f"{backend} {record['reference']}"
+    if reference == f"{default} fp32":
+        return record["ratio"], record["ratio_low"]
+    base = latency_record(component, default, "fp32", machine)
+    if base is None or base["reference"] != reference:
+        return None
+    return record["ratio"] / base["ratio"], record["ratio_low"] / base["ratio"]
 
 
 def latency_record(component: Component, backend: str, precision: str, machine: str) -> dict[str, Any] | None:
@@ -132,7 +151,9 @@ def _quality(component: Component, backend: str, precision: str) -> list[dict[st
 
 def _holds(record: dict[str, Any]) -> bool:
     mean = record.get("psnr_db", record["psnr_worst_db"])
-    return bool(record["psnr_worst_db"] >= record["floor_db"] and mean >= record.get("floor_mean_db", record["floor_db"]))
+    return bool(
+        record["psnr_worst_db"] >= record["floor_db"] and mean >= record.get("floor_mean_db", record["floor_db"])
+    )
 
 
 def library_version(backend: str) -> str:

@@ -120,7 +120,7 @@ class OpenVINOEngine(Engine):
             raise EngineError(f"openvino refused {self._path.name} of {self.component.name}: {error}") from error
         floats = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if floats != self._floats:
-            raise EngineError(
+            raise PrecisionError(
                 f"openvino computes {self.component.name} in {floats}, asked for was {self._floats} ({self.precision})."
             )
         request = compiled.create_infer_request()

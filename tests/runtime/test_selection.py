@@ -96,6 +96,17 @@ def test_a_precision_that_is_not_proven_here_is_not_chosen(records: list[dict[st
     assert chosen(bundle(fp32=[], int8=records)) == ("onnxruntime", "fp32")
 
 
+def test_records_of_different_references_are_not_mixed() -> None:
+    """An exporter's record says how much faster int8 is than fp32 of the same backend, which may be slow itself."""
+    within = latency("openvino", "int8", 3.0, 2.5, reference="fp32")
+    assert chosen(bundle(fp32=[], int8=[within, quality("int8", 40)])) == ("onnxruntime", "fp32")
+    assert chosen(bundle(fp32=[], int8=[within, quality("int8", 40)]), "openvino") == ("openvino", "int8")
+    slow = latency("openvino", "fp32", 0.5, 0.4)
+    across = latency("openvino", "int8", 0.9, 0.8)
+    assert chosen(bundle(fp32=[slow], int8=[across, quality("int8", 40)])) == ("onnxruntime", "fp32")
+    assert chosen(bundle(fp32=[slow], int8=[across, quality("int8", 40)]), "openvino") == ("openvino", "int8")
+
+
 def test_the_latest_record_counts() -> None:
     records = [latency("openvino", "fp32", 2.0, 1.9), latency("openvino", "fp32", 0.8, 0.7)]
     assert chosen(bundle(fp32=records)) == ("onnxruntime", "fp32")

@@ -409,10 +409,12 @@ def midpoint(config: Config, steps: int) -> Plan:
 def ancestral_split(sigma: Any, sigma_next: Any) -> tuple[Any, Any]:
     """(sigma_up, sigma_down): the noise to add and the sigma to reach first, so that their squares sum to the next's.
 
-    The variance of the DDPM posterior, written in sigma.
+    The variance of the DDPM posterior, written in sigma. Where the difference of squares vanishes in float32,
+    sigma_down is its closed form, sigma_next**2 / sigma.
     """
     up = np.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
-    return up, np.sqrt(sigma_next**2 - up**2)
+    squared = sigma_next**2 - up**2
+    return up, np.where(squared > 0, np.sqrt(np.maximum(squared, F32(0))), sigma_next**2 / sigma).astype(F32)[()]
 
 
 def midpoint_sde(config: Config, steps: int) -> Plan:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, with inputs and outputs bound to fixed buffers."""
+"""ONNX Runtime, with inputs and outputs bound to fixed buffers; the GPU's providers are in ``onnxruntime_gpu.py``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 
 from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec, Variant
+from latentedge.runtime.engines import onnxruntime_gpu
 from latentedge.runtime.engines.base import Engine, EngineOptions
 from latentedge.runtime.errors import EngineError, UsageError
 
@@ -19,6 +20,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider"}
 
 def open_engine(bundle: Bundle, component: Component, precision: str, options: EngineOptions) -> Engine:
     """Open one component of ``bundle`` in ``precision``; :class:`EngineError` if ONNX Runtime refuses the graph."""
+    if onnxruntime_gpu.is_gpu(options.device):
+        return onnxruntime_gpu.open_on_gpu(bundle, component, precision, options)
     path, variant = bundle.variant(component.name, precision)
     return OnnxRuntimeEngine(component, precision, open_session(path, options, variant))
 
@@ -27,7 +30,8 @@ def open_session(path: Path, options: EngineOptions, variant: Variant | None = N
     """An inference session on the asked-for device, and on no other."""
     device = options.device or "cpu"
     if device not in PROVIDERS:
-        raise UsageError(f"ONNX Runtime has no device {device!r} here; choose one of: {', '.join(PROVIDERS)}.")
+        choices = ", ".join([*PROVIDERS, *onnxruntime_gpu.PROVIDERS])
+        raise UsageError(f"ONNX Runtime has no device {device!r} here; choose one of: {choices}.")
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads or available_threads()
     settings.log_severity_level = 3

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -60,14 +59,13 @@ class CaptureSettings:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def tapped(placed: Iterable[Placed], joined: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+def tapped(placed: Iterable[Placed]) -> dict[str, int]:
     """Axis of the features of every activation to observe, by tensor name."""
     taps: dict[str, int] = {}
     for entry in placed:
         if entry.kept is None:
             taps[entry.layer.activation] = entry.layer.feature_axis
-            for name in joined.get(entry.layer.name, ()):
-                taps[name] = entry.layer.feature_axis
+            taps |= dict.fromkeys(entry.split, entry.layer.feature_axis)
     return taps
 
 
@@ -143,8 +141,7 @@ def open_observed(bundle: Bundle, component: str, *, outputs: bool, threads: int
     name_nodes(model)
     placed = place(model)
     values = value_by_name(model)
-    joined = {entry.layer.name: _parts(values[entry.layer.activation]) for entry in placed if entry.split}
-    taps = tapped(placed, joined)
+    taps = tapped(placed)
     if outputs:
         nodes = {str(node.name): node for node in model.graph}
         for entry in placed:
@@ -160,11 +157,6 @@ def open_observed(bundle: Bundle, component: str, *, outputs: bool, threads: int
     finally:
         instrumented.unlink(missing_ok=True)
     return ObservedEngine(bundle.component(component), session, taps)
-
-
-def _parts(value: Any) -> tuple[str, ...]:
-    producer = value.producer()
-    return tuple(str(entry.name) for entry in producer.inputs) if producer is not None else ()
 
 
 class ObservedPipeline(Pipeline):

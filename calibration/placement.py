@@ -27,8 +27,8 @@ class Placed:
     #: The group that sensitivity measures and the plan decides on.
     block: str
     kept: str | None = None
-    #: Widths of the concatenated inputs of a shortcut convolution; empty where it has one input.
-    split: tuple[int, ...] = ()
+    #: Names of the tensors that a shortcut convolution reads joined; empty where it has one input.
+    split: tuple[str, ...] = ()
 
 
 def place(model: ir.Model) -> list[Placed]:
@@ -105,10 +105,10 @@ def is_shortcut(layer: Layer, nodes: dict[str, ir.Node]) -> bool:
     return False
 
 
-def _concatenated(value: ir.Value) -> tuple[int, ...]:
-    """Channel widths of the tensors that a Concat over channels joins; empty where the value is no such Concat."""
+def _concatenated(value: ir.Value) -> tuple[str, ...]:
+    """Names of the tensors that a Concat over channels joins; empty where the value is no such Concat."""
     node = value.producer()
     if node is None or node.op_type != "Concat" or node.attributes.get_int("axis", 0) not in (1, -3):
         return ()
-    widths = [entry.shape[1] if entry is not None and entry.shape is not None else None for entry in node.inputs]
-    return tuple(int(width) for width in widths) if all(isinstance(width, int) for width in widths) else ()  # type: ignore[arg-type]
+    names = [str(entry.name) for entry in node.inputs if entry is not None and not is_constant(entry)]
+    return tuple(names) if len(names) == len(node.inputs) else ()

@@ -209,8 +209,9 @@ class _Writer:
         assert joined is not None
         total: ir.Value | None = None
         start = 0
-        for index, (width, value) in enumerate(zip(entry.split, joined.inputs, strict=True)):
+        for index, value in enumerate(joined.inputs):
             assert value is not None
+            width = self.evidence.statistics[str(value.name)].channel_amax.size
             name = f"{node.name}_part{index}"
             inputs = [value, node.inputs[1], *(node.inputs[2:] if index == 0 else ())]
             part = ir.node("Conv", inputs, dict(node.attributes), name=name)

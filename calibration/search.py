@@ -206,9 +206,7 @@ class Search:
         for entry in group:
             if not entry.split:
                 continue
-            producer = self.values[entry.layer.activation].producer()
-            assert producer is not None
-            parts = [str(value.name) for value in producer.inputs if value is not None]
+            parts = list(entry.split)
             if excluded & set(parts) or any(part not in self.statistics for part in parts):
                 continue
             reader = self._readers([entry])[0]

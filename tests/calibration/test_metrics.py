@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from latentedge.calibration.correct import fit, fit_if_better
+from latentedge.calibration.gate import holds, latency_records
+from latentedge.calibration.latency import ratio, saved
+from latentedge.calibration.metrics import frechet_distance, latent_features, psnr, sqnr, ssim
+from latentedge.runtime.correction import Correction
+
+
+def test_psnr_and_sqnr_of_known_errors() -> None:
+    picture = np.full((8, 8, 3), 0.5, np.float32)
+    assert psnr(picture, picture + 0.1) == pytest.approx(20, abs=1e-4)
+    assert psnr(picture, picture) == 100
+    assert psnr(picture, picture * np.nan) == 0
+    assert sqnr(np.full(10, 2.0), np.full(10, 2.02)) == pytest.approx(40, abs=1e-6)
+    assert sqnr(np.ones(3), np.full(3, np.inf)) == -100
+
+
+def test_ssim_agrees_with_scikit_image() -> None:
+    structural = pytest.importorskip("skimage.metrics").structural_similarity
+    random = np.random.default_rng(0)
+    one = random.random((40, 48, 3)).astype(np.float32)
+    two = np.clip(one + 0.1 * random.standard_normal(one.shape), 0, 1).astype(np.float32)
+    _, whole = structural(
+        one, two, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+    )
+    # scikit-image averages over the same windows, those that stay inside.
+    expected = whole[5:-5, 5:-5].mean()
+    assert ssim(one, two) == pytest.approx(expected, abs=2e-4)
+    assert ssim(one, one) == pytest.approx(1, abs=1e-9)
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    random = np.random.default_rng(0)
+    features = random.standard_normal((500, 6)) @ random.standard_normal((6, 6))
+    shift = np.arange(6.0)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(features, features + shift) == pytest.approx(float(shift @ shift), rel=1e-6)
+    values = np.linalg.eigvalsh(np.cov(features, rowvar=False))
+    # Twice as wide: tr(C + 4 C - 2 (4 C C)^(1/2)) = tr(C).
+    middle = features.mean(axis=0)
+    assert frechet_distance(features, 2 * features - middle) == pytest.approx(values.sum(), rel=1e-6)
+
+
+def test_features_see_mean_and_texture() -> None:
+    latents = np.zeros((2, 4, 8, 8))
+    latents[1, :, ::2] = 1
+    features = latent_features(latents)
+    assert features.shape == (2, 32)
+    assert not np.array_equal(features[0], features[1])
+
+
+def test_correction_finds_gain_and_bias() -> None:
+    random = np.random.default_rng(0)
+    steps = [float(step) for step in range(0, 1000, 40)]
+    references = [random.standard_normal((2, 4, 8, 8)).astype(np.float32) for _ in steps]
+    bias = np.array([0.1, -0.2, 0.05, 0.0])[:, None, None]
+    outputs = [
+        (array / 0.9 - bias + 0.01 * random.standard_normal(array.shape)).astype(np.float32) for array in references
+    ]
+    record = fit(steps, references, outputs)
+    np.testing.assert_allclose(record["gain"], 0.9, atol=0.005)
+    np.testing.assert_allclose(np.array(record["bias"]).mean(axis=0), 0.9 * bias[:, 0, 0], atol=0.01)
+    np.testing.assert_allclose(record["residual_variance"], (0.9 * 0.01) ** 2, rtol=0.2)
+    kept, gained = fit_if_better(steps, references, outputs)
+    assert kept is not None
+    assert gained > 15
+    correction = Correction(*(np.array(kept[name]) for name in ("timesteps", "gain", "bias")))
+    assert sqnr(references[3], correction(outputs[3], steps[3])) > sqnr(references[3], outputs[3]) + 15
+
+
+def test_correction_of_pure_noise_is_not_kept() -> None:
+    random = np.random.default_rng(1)
+    steps = [float(step) for step in range(0, 1000, 100)]
+    references = [random.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in steps]
+    outputs = [(array + 0.01 * random.standard_normal(array.shape)).astype(np.float32) for array in references]
+    kept, gained = fit_if_better(steps, references, outputs)
+    assert kept is None
+    assert abs(gained) < 0.05
+
+
+def times(middle: float, seed: int) -> list[float]:
+    return list(middle * np.exp(0.05 * np.random.default_rng(seed).standard_normal(30)))
+
+
+def test_ratio_and_its_lower_bound() -> None:
+    found = ratio(times(2.0, 0), times(1.0, 1))
+    assert found.ratio == pytest.approx(2, rel=0.05)
+    assert 1.8 < found.low < found.ratio
+    gain, error = saved(times(2.0, 0), times(1.9, 1))
+    assert gain == pytest.approx(0.1, abs=4 * error)
+
+
+def test_int8_must_beat_the_fastest_float_precision_that_is_good_enough() -> None:
+    seconds = {"fp32": times(4.0, 0), "bf16": times(2.0, 1), "int8": times(2.5, 2), "int8+bf16": times(1.5, 3)}
+    records = latency_records(seconds, "openvino", {"bf16": True})
+    assert records["int8"]["alternative"] == "bf16"
+    assert records["int8"]["ratio"] > 1.4
+    assert records["int8"]["ratio_low"] < 1
+    assert records["int8+bf16"]["ratio_low"] > 1.2
+    # Where bf16's pictures are not good enough, fp32 is what has to be beaten.
+    records = latency_records(seconds, "openvino", {"bf16": False})
+    assert records["int8"]["alternative"] == "fp32"
+    assert records["int8"]["ratio_low"] > 1.4
+
+
+def test_both_floors_count() -> None:
+    record = {"psnr_db": 31.0, "psnr_worst_db": 25.0, "floor_mean_db": 30.0, "floor_db": 24.0}
+    assert holds(record)
+    assert not holds({**record, "psnr_db": 29.9})
+    assert not holds({**record, "psnr_worst_db": 23.9})

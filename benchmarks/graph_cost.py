@@ -30,10 +30,10 @@ ELEMENTWISE = {"Softmax": 5, "LayerNormalization": 7, "InstanceNormalization": 7
                "Erf": 6, "Sigmoid": 4, "Exp": 4, "Tanh": 6, "Sqrt": 2, "Pow": 4, "Sin": 4, "Cos": 4}  # fmt: skip
 
 #: What only moves or relabels data.
-MOVES = frozenset(
-    ("Reshape", "Transpose", "Concat", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Shape", "Size", "Gather")
-    + ("Cast", "Identity", "Constant", "ConstantOfShape", "Pad", "Resize", "Tile", "Flatten", "Range")
-)
+MOVES = frozenset({
+    "Reshape", "Transpose", "Concat", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Shape", "Size", "Gather",
+    "Cast", "Identity", "Constant", "ConstantOfShape", "Pad", "Resize", "Tile", "Flatten", "Range",
+})  # fmt: skip
 
 #: The products that decide; the others are usually fused into them.
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "MatMulInteger", "ConvInteger", "Attention"})

@@ -49,7 +49,8 @@ def text_and_image(scale: float, image_scale: float) -> Combine:
 
     def combine(outputs: Sequence[Array]) -> Array:
         both, image, neither = outputs
-        return neither + np.float32(scale) * (both - image) + np.float32(image_scale) * (image - neither)
+        guided = neither + np.float32(scale) * (both - image) + np.float32(image_scale) * (image - neither)
+        return np.asarray(guided, np.float32)
 
     return combine
 

@@ -43,7 +43,7 @@ class TorchCpu:
         return values if not rest else np.concatenate([values[: count - 16], values[-16:]])
 
     def _uniform(self, count: int) -> npt.NDArray[np.float64]:
-        return (self.integers(count) & 0xFFFFFF) * 2.0**-24
+        return (self.integers(count) & 0xFFFFFF).astype(np.float64) * 2.0**-24
 
     def _scalar(self) -> float:
         if (value := self._waiting) is not None:

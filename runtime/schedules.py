@@ -130,12 +130,13 @@ class Plan:
         return self.add_noise(denoised, noise, begin - shift)
 
 
-def linspace(start: float, end: float, count: int) -> Array:
-    """``count`` float32 points, rounded as torch rounds them: from both ends, with fused multiply-add."""
-    first, last = np.float64(F32(start)), np.float64(F32(end))
-    step = np.float64(F32((F32(end) - F32(start)) / F32(max(count - 1, 1))))
-    i = np.arange(count)
-    return np.asarray(np.where(i < count // 2, first + step * i, last - step * (count - 1 - i)).astype(F32))
+def linspace(start: float, end: float, count: int, dtype: Any = F32) -> Array:
+    """``count`` float32 or float64 points, rounded as torch rounds them: from both ends, multiplied and added as one."""
+    wide: Any = np.float64 if dtype is F32 else np.longdouble
+    step = wide((dtype(end) - dtype(start)) / dtype(max(count - 1, 1)))
+    i = np.arange(count).astype(wide)
+    ascending, descending = wide(dtype(start)) + step * i, wide(dtype(end)) - step * (count - 1 - i)
+    return np.asarray(np.where(i < count // 2, ascending, descending).astype(dtype))
 
 
 def log32(x: Any) -> Any:

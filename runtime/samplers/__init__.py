@@ -191,7 +191,7 @@ def _check(config: Mapping[str, Any]) -> None:
     algorithm, final = config.get("algorithm_type"), config["final_sigmas_type"]
     if name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
         choices["solver_type"] = ("midpoint", "heun")
-        choices["solver_order"] = (1, 2) if algorithm == "sde-dpmsolver" else (1, 2, 3)
+        choices["solver_order"] = (1, 2, 3)
         choices["algorithm_type"] = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
         if name == _MULTISTEP:
             choices["algorithm_type"] += ("sde-dpmsolver",)

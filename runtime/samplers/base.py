@@ -47,22 +47,27 @@ class Call:
 
     @property
     def config(self) -> Config:
+        """The schedule's fields, completed."""
         return self.plan.config
 
     @property
     def kind(self) -> str:
+        """What the model predicts: the config's prediction_type."""
         return str(self.plan.config["prediction_type"])
 
     @property
     def sigma(self) -> Any:
+        """The plan's sigma at this index, float32."""
         return self.plan.sigmas[self.index]
 
     @property
     def sigma_next(self) -> Any:
+        """The plan's sigma at the next index, float32."""
         return self.plan.sigmas[self.index + 1]
 
     @property
     def timestep(self) -> int:
+        """This evaluation's training timestep, for plans of whole timesteps."""
         return int(self.plan.timesteps[self.index])
 
     @property
@@ -72,6 +77,7 @@ class Call:
 
     @property
     def last(self) -> bool:
+        """Whether no evaluation follows."""
         return self.index == len(self.plan.timesteps) - 1
 
     def alpha(self, timestep: int) -> Any:

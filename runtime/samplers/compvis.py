@@ -21,14 +21,14 @@ def exact_betas(config: Config) -> Array:
     start, end, count = config["beta_start"], config["beta_end"], int(config["num_train_timesteps"])
     match config["beta_schedule"]:
         case "linear":
-            return np.linspace(start, end, count)
+            return linspace(start, end, count, np.float64)
         case "scaled_linear":
-            return np.asarray(np.linspace(start**0.5, end**0.5, count) ** 2)
+            return np.asarray(linspace(start**0.5, end**0.5, count, np.float64) ** 2)
         case "sqrt":
-            return np.asarray(np.linspace(start, end, count) ** 0.5)
+            return np.sqrt(linspace(start, end, count, np.float64))
         case "squaredcos_cap_v2":
             bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-            return np.clip(1 - bar[1:] / bar[:-1], 0, 0.999)
+            return np.asarray(np.clip(1 - bar[1:] / bar[:-1], 0, 0.999))
     raise UsageError(f"beta_schedule {config['beta_schedule']!r} is unknown", "use linear, scaled_linear or sqrt")
 
 
@@ -44,7 +44,7 @@ def timesteps(config: Config, steps: int) -> Array:
     if ascending[-1] >= total:
         raise UsageError(
             f"CompVis's schedule has no timestep {ascending[-1]}, which {steps} steps ask for (it ends at {total - 1})",
-            f"use at most {total // 2} steps",
+            f"use a number of steps that divides {total}",
         )
     return ascending[::-1].astype(np.int64)
 
@@ -145,5 +145,5 @@ def dpm_solver(call: Call) -> Update:
     if len(outputs) == 2 and not short:
         ratio = (here.half_log_snr - points[call.index - 1].half_log_snr) / (end.half_log_snr - here.half_log_snr)
         slopes = (denoised, F32(1) / ratio * (denoised - outputs[0]))
-    latents = exponential_step(call, call.latents, here, end, slopes, False, None)
+    latents = exponential_step("dpmsolver++", call.latents, here, end, slopes, False, None)
     return call.done(latents, denoised, outputs=outputs)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from latentedge.runtime.errors import UsageError
 from latentedge.runtime.parametrisation import denoised_of, limited, noise_of
 from latentedge.runtime.samplers.base import Call, Update
 from latentedge.runtime.schedules import F32, Array, alpha_sigma, exp32, log32
@@ -41,14 +42,16 @@ def converted(call: Call, of_noise: bool) -> tuple[Array, Array]:
 
 
 def exponential_step(
-    call: Call, sample: Array, start: Point, end: Point, slopes: tuple[Array, ...], heun: bool, noise: Array | None
+    kind: str, sample: Array, start: Point, end: Point, slopes: tuple[Array, ...], heun: bool, noise: Array | None
 ) -> Array:
     """One step from ``start`` to ``end``, ``slopes`` holding the integrand and its first derivatives in log-SNR.
 
     Lu et al. 2022 (arXiv 2206.00927), equation 3.6, and (arXiv 2211.01095), equations 4.1 and 4.4: the integral of
     exp(-lambda) times a Taylor polynomial; with ``heun`` its exact first-order term, else half the zeroth-order one.
     """
-    kind, h = str(call.config["algorithm_type"]), end.half_log_snr - start.half_log_snr
+    if kind == "sde-dpmsolver" and len(slopes) == 3:
+        raise UsageError("sde-dpmsolver has no third order", "use solver_order 2, or sde-dpmsolver++")
+    h = end.half_log_snr - start.half_log_snr
     one, two = F32(1), F32(2)
     with np.errstate(over="ignore", invalid="ignore"):
         if kind == "dpmsolver++":
@@ -81,10 +84,11 @@ def multistep(call: Call) -> Update:
     Low orders begin a run, end a short one, and make the step to sigma 0, where log-SNR is infinite.
     """
     config, count, i = call.config, len(call.plan.timesteps), call.index
-    wanted, short = int(config["solver_order"]), bool(config["lower_order_final"]) and count < 15
-    integrand, denoised = converted(call, not str(config["algorithm_type"]).endswith("++"))
+    kind, wanted = str(config["algorithm_type"]), int(config["solver_order"])
+    short = bool(config["lower_order_final"]) and count < 15
+    integrand, denoised = converted(call, not kind.endswith("++"))
     outputs = call.history.keep(integrand, wanted)
-    noise = call.draw() if str(config["algorithm_type"]).startswith("sde") else None
+    noise = call.draw() if kind.startswith("sde") else None
     order = min(wanted, len(outputs))
     if call.last and (config.get("euler_at_final") or short or config["final_sigmas_type"] == "zero"):
         order = 1
@@ -92,7 +96,8 @@ def multistep(call: Call) -> Update:
         order = min(order, 2)
     end, points = point(call, i + 1), [point(call, i - k) for k in range(order)]
     h = end.half_log_snr - points[0].half_log_snr
-    slopes, newest = (integrand,), outputs[::-1]
+    newest = outputs[::-1]
+    slopes: tuple[Array, ...] = (integrand,)
     if order >= 2:
         r0 = (points[0].half_log_snr - points[1].half_log_snr) / h
         d0 = F32(1) / r0 * (newest[0] - newest[1])
@@ -101,7 +106,7 @@ def multistep(call: Call) -> Update:
         r1 = (points[1].half_log_snr - points[2].half_log_snr) / h
         d1 = F32(1) / r1 * (newest[1] - newest[2])
         slopes = (integrand, d0 + r0 / (r0 + r1) * (d0 - d1), F32(1) / (r0 + r1) * (d0 - d1))
-    latents = exponential_step(call, call.latents, points[0], end, slopes, config["solver_type"] == "heun", noise)
+    latents = exponential_step(kind, call.latents, points[0], end, slopes, config["solver_type"] == "heun", noise)
     return call.done(latents, denoised, outputs=outputs)
 
 
@@ -119,11 +124,12 @@ def orders(steps: int, order: int, lower_final: bool, to_zero: bool) -> list[int
 def singlestep(call: Call) -> Update:
     """DPM-Solver++(2S) and (3S): Lu et al. 2022 (arXiv 2211.01095), algorithm 1; each group starts from its sample."""
     config, i, steps = call.config, call.index, call.plan.steps
-    wanted, to_zero = int(config["solver_order"]), config["final_sigmas_type"] == "zero"
+    kind, wanted = str(config["algorithm_type"]), int(config["solver_order"])
+    to_zero = config["final_sigmas_type"] == "zero"
     lower = bool(config["lower_order_final"]) or steps % wanted != 0 or to_zero
-    integrand, denoised = converted(call, config["algorithm_type"] == "dpmsolver")
+    integrand, denoised = converted(call, not kind.endswith("++"))
     outputs = call.history.keep(integrand, wanted)
-    noise = call.draw() if str(config["algorithm_type"]).startswith("sde") else None
+    noise = call.draw() if kind.startswith("sde") else None
     order = min(orders(steps, wanted, lower, to_zero)[i], len(outputs))
     sample = call.latents if order == 1 or call.history.sample is None else call.history.sample
     end, points = point(call, i + 1), [point(call, i - k) for k in range(order)]
@@ -139,5 +145,5 @@ def singlestep(call: Call) -> Update:
         r1 = (points[1].half_log_snr - start.half_log_snr) / h
         d1 = F32(1) / r1 * (newest[1] - newest[-1])
         slopes = (newest[-1], (r0 * d1 - r1 * d0) / (r0 - r1), F32(2) * (d0 - d1) / (r0 - r1))
-    latents = exponential_step(call, sample, start, end, slopes, heun or order == 3, noise)
+    latents = exponential_step(kind, sample, start, end, slopes, heun or order == 3, noise)
     return call.done(latents, denoised, outputs=outputs, sample=sample)

@@ -84,7 +84,9 @@ def dpmpp_2s_ancestral(call: Call) -> Update:
 
 def _kronrod_rule() -> tuple[Array, Array]:
     """(nodes, weights) of the 21-point Gauss-Kronrod rule on [-1, 1]; the weights integrate its Legendre basis."""
-    added = np.array([0.9956571630258081, 0.9301574913557082, 0.7808177265864169, 0.5627571346686047, 0.2943928627014602])
+    added = np.array(
+        [0.9956571630258081, 0.9301574913557082, 0.7808177265864169, 0.5627571346686047, 0.2943928627014602]
+    )
     nodes = np.concatenate([np.polynomial.legendre.leggauss(10)[0], added, -added, [0.0]])
     basis = np.polynomial.legendre.legvander(nodes, 20).T
     return nodes, np.linalg.solve(basis, np.eye(21)[0] * 2)

@@ -204,16 +204,18 @@ class Lora:
     pipeline: str
     unet_config: Mapping[str, Any]
 
-    def tensors(self) -> tuple[dict[str, Any], dict[str, float] | None]:
-        """Keys as diffusers names them, and the alphas; :class:`LatentEdgeError` when the file is no LoRA."""
+    def tensors(self) -> tuple[dict[str, Any], dict[str, float] | None, Any]:
+        """Tensors by diffusers' names, alphas, and metadata; :class:`LatentEdgeError` when the file is no LoRA."""
         if not self.path.is_file():
             raise LatentEdgeError(f"there is no LoRA file {self.path}.")
         pipeline = pipeline_class(self.pipeline)
         try:
-            state, alphas = pipeline.lora_state_dict(str(self.path), unet_config=_Fields(self.unet_config))
+            state, alphas, metadata = pipeline.lora_state_dict(
+                str(self.path), unet_config=_Fields(self.unet_config), return_lora_metadata=True
+            )
         except READING_ERRORS as error:
             raise LatentEdgeError(f"{self.path} is no LoRA that diffusers reads: {_first_sentence(error)}.") from error
-        return state, alphas
+        return state, alphas, metadata
 
 
 class _Fields(dict[str, Any]):
@@ -228,7 +230,7 @@ class _Fields(dict[str, Any]):
 
 def lora_targets(lora: Lora, components: Sequence[str]) -> tuple[str, ...]:
     """Which of ``components`` a LoRA changes; :class:`LatentEdgeError` when it changes none."""
-    state, _ = lora.tensors()
+    state, _, _ = lora.tensors()
     targets = tuple(name for name in components if any(key.startswith(f"{name}.") for key in state))
     if not targets:
         raise LatentEdgeError(
@@ -241,18 +243,23 @@ def lora_targets(lora: Lora, components: Sequence[str]) -> tuple[str, ...]:
 def merge(model: Any, name: str, loras: Iterable[Lora]) -> None:
     """Merge every LoRA that has keys for the component ``name`` into its weights, for good."""
     for number, lora in enumerate(loras):
-        state, alphas = lora.tensors()
+        state, alphas, metadata = lora.tensors()
         if not any(key.startswith(f"{name}.") for key in state):
             continue
         library("peft")
         pipeline = pipeline_class(lora.pipeline)
         adapter = f"lora{number}"
-        if name == "unet":
-            pipeline.load_lora_into_unet(state, network_alphas=alphas, unet=model, adapter_name=adapter)
-        else:
-            pipeline.load_lora_into_text_encoder(
-                state, network_alphas=alphas, text_encoder=model, prefix=name, adapter_name=adapter
-            )
+        options = {"network_alphas": alphas, "adapter_name": adapter, "metadata": metadata}
+        try:
+            if name == "unet":
+                pipeline.load_lora_into_unet(state, unet=model, **options)
+            else:
+                pipeline.load_lora_into_text_encoder(state, text_encoder=model, prefix=name, **options)
+        except READING_ERRORS as error:
+            raise LatentEdgeError(
+                f"{lora.path} does not fit the {name} of this model: {_first_sentence(error)}.",
+                hint="a LoRA belongs to one family of models: Stable Diffusion 1, 2 or XL",
+            ) from error
         _merge_layers(model, lora, adapter)
 
 

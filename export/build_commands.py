@@ -25,7 +25,7 @@ _PLANS = ("version-compatible", "stripped")
 @click.option("--precision", default="", help="fp32, fp16, int8, separated by commas; default: all of the bundle's.")
 @click.option("--check", is_flag=True, help="Compile and report, keep nothing. Exit code 1 if any graph fails.")
 @click.option("--batch", metavar="N|LOW..HIGH", help="Pictures at once.  [default: 1]")
-@click.option("--size", metavar="N|LOW..HIGH|HxW", help="Pixels of a side.  [default: the model's own]")
+@click.option("--size", metavar="N|LOW..HIGH|WxH", help="Pixels of a side.  [default: the model's own]")
 @click.option("--compute-capability", metavar="8.9,12.0", default="", help="GPUs to compile for (tensorrt-rtx).")
 @click.option("--max-engine-memory", metavar="SIZE", help="Cut the denoiser into engines of at most, say, 1GiB.")
 @click.option("--memory-limit", metavar="SIZE", help="Memory for kernels and for timing them, such as 2GiB.")
@@ -73,9 +73,9 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def parse_size(text: str) -> tuple[Range, Range]:
-    """``"512"``, ``"256..768"`` (both sides) or ``"512x768"`` (height x width)."""
-    height, _, width = text.partition("x")
-    return Range.parse(height), Range.parse(width or height)
+    """Height and width from ``"512"``, ``"256..768"`` (both sides) or ``"768x512"`` (width x height)."""
+    width, _, height = text.partition("x")
+    return Range.parse(height or width), Range.parse(width)
 
 
 def parse_bytes(text: str | None) -> int | None:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from latentedge.export.build_commands import parse_bytes, parse_size
 from latentedge.export.builders import BuildRequest, Range
 from latentedge.export.tensorrt.profiles import engine_axes
 from latentedge.runtime.bundle import (
@@ -81,3 +82,27 @@ def test_a_range_that_cannot_be_read_is_an_error(text: str) -> None:
 def test_ranges_are_read() -> None:
     assert Range.parse("2") == Range(2, 2)
     assert Range.parse("256..768") == Range(256, 768)
+
+
+@pytest.mark.parametrize(
+    ("text", "height", "width"),
+    [
+        ("512", Range(512, 512), Range(512, 512)),
+        ("768x512", Range(512, 512), Range(768, 768)),
+        ("256..768", Range(256, 768), Range(256, 768)),
+        ("256..768x512", Range(512, 512), Range(256, 768)),
+    ],
+)
+def test_a_size_is_width_times_height_as_for_generate(text: str, height: Range, width: Range) -> None:
+    assert parse_size(text) == (height, width)
+
+
+@pytest.mark.parametrize(("text", "size"), [("1GiB", 2**30), ("1.5 GiB", 3 * 2**29), ("512MiB", 2**29), ("7", 7)])
+def test_sizes_in_bytes_are_read(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["1GB", "0", "-1GiB", "much", ""])
+def test_sizes_in_bytes_that_cannot_be_read_are_errors(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a size such as 1GiB"):
+        parse_bytes(text)

@@ -21,8 +21,8 @@ from latentedge.calibration.latency import in_turns
 from latentedge.calibration.layers import check_model
 from latentedge.calibration.lint import lint
 from latentedge.calibration.observers import Fault, TensorStatistics
-from latentedge.calibration.plan import INT8, ActivationPlan, BlockPlan, Plan, write_atomically
 from latentedge.calibration.placement import place
+from latentedge.calibration.plan import INT8, ActivationPlan, BlockPlan, Plan, write_atomically
 from latentedge.calibration.quantise import Evidence
 from latentedge.calibration.ranges import OBSERVERS
 from latentedge.calibration.records import Probe, pack, unpack
@@ -124,11 +124,6 @@ def calibrate(path: Path, options: Options, reporter: Reporter, mapper: Mapper =
         material = Material(bundle, studio, evidence, probes, wanted, reference)
         plan = measure_blocks(plan, material, target, reporter.progress)
         plan = choose_blocks(plan, material, target, reporter.progress)
-    if not plan.quantised_blocks():
-        raise LatentEdgeError(
-            f"no block of {options.component} can be quantised above the floor of {options.floor_db:g} dB.",
-            hint="lower --floor, or keep fp16",
-        )
     return apply(bundle, plan, evidence, probes, target, options, reporter, faults)
 
 
@@ -308,7 +303,8 @@ def restore(folder: Path) -> tuple[Evidence, list[Probe]]:
     """What :func:`store` wrote."""
     if not (folder / "statistics.npz").is_file():
         raise UsageError(
-            f"{folder} holds no statistics that a plan could be applied with.", hint="run `latentedge calibrate BUNDLE` first"
+            f"{folder} holds no statistics that a plan could be applied with.",
+            hint="run `latentedge calibrate BUNDLE` first",
         )
     statistics, probes = unpack(folder / "statistics.npz")
     with np.load(folder / "bias.npz", allow_pickle=False) as file:

@@ -38,7 +38,7 @@ def candidate(bundle: Bundle, plan: Plan, evidence: Evidence) -> Iterator[Bundle
     path = folder / f".candidate-{os.getpid()}-{next(_NUMBER)}.onnx"
     files: list[Path] = []
     try:
-        files = save_graph(model, path)
+        files = save_graph(model, path, share_weights=True)
         yield with_variant(bundle, plan.component, "int8", variant_of(bundle, files))
     finally:
         for file in files or [path, path.with_name(path.name + ".data")]:

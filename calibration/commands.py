@@ -64,7 +64,9 @@ def reporting() -> Iterator[Reporter]:
 @click.option("--steps", type=click.IntRange(min=1), help="Sampler steps; default: the bundle's.")
 @click.option("--floor", default="30dB", show_default=True, help="Lowest mean PSNR of pictures against fp32.")
 @click.option("--backend", default="auto", show_default=True, help="Engine that the graph is placed for.")
-@click.option("--pictures", type=click.IntRange(min=1), default=16, show_default=True, help="Held-out pictures to judge.")
+@click.option(
+    "--pictures", type=click.IntRange(min=1), default=16, show_default=True, help="Held-out pictures to judge."
+)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this (edited) plan; no new capture.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that observe.")
 @click.option("--ray", metavar="ADDRESS", help="Observe on a Ray cluster; needs the extra [ray].")
@@ -108,7 +110,11 @@ def explanation(plan: Plan) -> Table:
     for name, justify in (("saves ms", "right"), ("decision", "left"), ("why", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for block in plan.blocks:
-        gain = "-" if block.seconds_saved is None else f"{block.seconds_saved * 1e3:.2f}±{(block.seconds_error or 0) * 1e3:.2f}"
+        gain = (
+            "-"
+            if block.seconds_saved is None
+            else f"{block.seconds_saved * 1e3:.2f}±{(block.seconds_error or 0) * 1e3:.2f}"
+        )
         table.add_row(
             block.name, str(len(block.layers)), _decibels(block.sqnr_db), _decibels(block.psnr_db), gain,
             block.precision, block.reason,
@@ -168,7 +174,9 @@ def print_outcome(outcome: Outcome) -> None:
 @click.command()
 @click.argument("first")
 @click.argument("second")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the report; default: FIRST's reports/.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the report; default: FIRST's reports/."
+)
 @click.option("--pictures", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures to draw.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A file with one prompt a line.")
 @click.option("--steps", type=click.IntRange(min=1), help="Sampler steps; default: the bundle's.")

@@ -13,12 +13,11 @@ import numpy as np
 from latentedge.calibration.metrics import frechet_distance, latent_features
 from latentedge.calibration.pictures import Difference, Drawn, differences, draw
 from latentedge.calibration.requests import read_prompts, requests
-from latentedge.runtime.bundle import Array
+from latentedge.runtime.bundle import Array, Bundle
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.pipeline import Pipeline
 from latentedge.runtime.request import Request
 from latentedge.runtime.selection import choose
-from latentedge.runtime.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,9 @@ def compare(
     for number, side in enumerate((first, second)):
         with side.opened() as pipeline:
             for request in made:
-                Request.of(request.get("prompt"), {k: v for k, v in request.items() if k != "prompt"}).check(pipeline.bundle)
+                Request.of(request.get("prompt"), {k: v for k, v in request.items() if k != "prompt"}).check(
+                    pipeline.bundle
+                )
 
             def advance(done: int, total: int, number: int = number) -> None:
                 progress("pictures", number * total + done, 2 * total)

@@ -18,11 +18,11 @@ from latentedge.calibration.metrics import sqnr
 from latentedge.calibration.pictures import Drawn, differences, summary
 from latentedge.calibration.records import Probe
 from latentedge.calibration.sensitivity import WORST_BELOW_DB, Studio, Target
-from latentedge.runtime.bundle import Array, Bundle
+from latentedge.runtime.bundle import Array, Bundle, graph_precision
 from latentedge.runtime.engines import Engine, open_engine
 from latentedge.runtime.errors import EngineError
 from latentedge.runtime.machine import machine_fingerprint
-from latentedge.runtime.selection import PRECISIONS, graph_precision, library_version
+from latentedge.runtime.selection import PRECISIONS, library_version
 
 Notify = Callable[[str], None]
 Record = dict[str, Any]
@@ -63,7 +63,9 @@ def latency_records(times: Mapping[str, list[float]], backend: str, good: Mappin
     quantisation has to beat both.
     """
     floats = {name: ratio(times["fp32"], seconds) for name, seconds in times.items() if not is_quantised(name)}
-    best = max((name for name in floats if name == "fp32" or good.get(name, False)), key=lambda name: floats[name].ratio)
+    best = max(
+        (name for name in floats if name == "fp32" or good.get(name, False)), key=lambda name: floats[name].ratio
+    )
     records = {}
     for name, seconds in times.items():
         against = ratio(times["fp32"], seconds)
@@ -109,9 +111,7 @@ def holds(record: Record) -> bool:
     return bool(record["psnr_db"] >= record["floor_mean_db"] and record["psnr_worst_db"] >= record["floor_db"])
 
 
-def with_correction(
-    bundle: Bundle, precision: str, record: Record | None, *, note: Record | None = None
-) -> Bundle:
+def with_correction(bundle: Bundle, precision: str, record: Record | None, *, note: Record | None = None) -> Bundle:
     """The bundle, in memory, with the correction of one precision set or removed."""
     calibration = dict(bundle.manifest.calibration)
     corrections = {name: value for name, value in calibration.get("correction", {}).items() if name != precision}

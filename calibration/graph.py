@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -66,8 +67,14 @@ def load_graph(path: Path) -> ir.Model:
         raise LatentEdgeError(f"{path} cannot be read as ONNX: {error}") from error
 
 
-def save_graph(model: ir.Model, path: Path) -> list[Path]:
-    """Write ``model``; over 1.8 GB its weights go to ``<path>.data``. Gives the files written, graph first."""
+def save_graph(model: ir.Model, path: Path, *, share_weights: bool = False) -> list[Path]:
+    """Write ``model``; over 1.8 GB its weights go to ``<path>.data``. Gives the files written, graph first.
+
+    ``share_weights`` leaves weights that lie in a file beside the original there, which needs the same folder.
+    """
+    if share_weights:
+        ir.save(model, path)
+        return [path]
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     if size < 1_800_000_000:
@@ -103,7 +110,7 @@ def new_initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     if name in graph.initializers:
         raise LatentEdgeError(f"the graph has an initialiser {name} already.")
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
 
@@ -128,37 +135,40 @@ def find_layers(model: ir.Model) -> list[Layer]:
             continue
         name = _unique(layer_name(node), taken)
         block = block_name(name) or block or f"layers.{len(layers) // 6}"
-        layers.append(Layer(name, block, **layer))
+        layers.append(dataclasses.replace(layer, name=name, block=block))
     return layers
 
 
-def _layer(node: ir.Node) -> dict[str, object] | None:
+def _layer(node: ir.Node) -> Layer | None:
+    """The layer of a node, not yet named; ``None`` where the node is none that can be quantised."""
     activation, weight = node.inputs[0], node.inputs[1]
     if activation is None or weight is None or is_constant(activation):
         return None
     if weight.const_value is None or weight.const_value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return None
     shape = tuple(int(side) for side in weight.const_value.shape.numpy())
-    transposed = bool(node.attributes.get_int("transB", 0)) if node.op_type == "Gemm" else False
+    transposed = node.attributes.get_int("transB", 0) == 1 if node.op_type == "Gemm" else False
     if node.op_type == "MatMul" and len(shape) != 2:
         return None
-    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+    if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1:
         return None
     axes = {"Conv": (0, 1, 1), "ConvTranspose": (1, 0, 1), "MatMul": (1, 0, -1)}
     channel, inputs, feature = axes.get(node.op_type, (0, 1, -1) if transposed else (1, 0, -1))
     bias = _bias(node)
-    return {
-        "node": str(node.name),
-        "kind": node.op_type,
-        "activation": str(activation.name),
-        "weight": str(weight.name),
-        "shape": shape,
-        "channel_axis": channel,
-        "input_axis": inputs,
-        "feature_axis": feature,
-        "group": node.attributes.get_int("group", 1) or 1,
-        "bias": None if bias is None else str(bias.name),
-    }
+    return Layer(
+        name="",
+        block="",
+        node=str(node.name),
+        kind=node.op_type,
+        activation=str(activation.name),
+        weight=str(weight.name),
+        shape=shape,
+        channel_axis=channel,
+        input_axis=inputs,
+        feature_axis=feature,
+        group=node.attributes.get_int("group", 1) or 1,
+        bias=None if bias is None else str(bias.name),
+    )
 
 
 def _bias(node: ir.Node) -> ir.Value | None:

@@ -122,7 +122,9 @@ def _readers(node: ir.Node) -> list[Finding]:
     for use in node.outputs[0].uses():
         reader = use.node
         if reader.op_type in FLOAT_ONLY:
-            found.append(Finding(_name(node), "norms and softmax in float", f"{_name(reader)} ({reader.op_type}) reads it"))
+            found.append(
+                Finding(_name(node), "norms and softmax in float", f"{_name(reader)} ({reader.op_type}) reads it")
+            )
         elif reader.op_type in WEIGHTED and use.idx == 2:
             found.append(Finding(_name(node), "float bias", f"it is the bias of {_name(reader)}"))
         elif reader.op_type in ("MatMul", "Gemm") and not is_quantised_weight(reader.inputs[1]):
@@ -177,5 +179,7 @@ def _layer(node: ir.Node) -> list[Finding]:
     scales = _array(weight.inputs[1])
     axis = CHANNEL_AXIS.get(node.op_type, 0 if node.attributes.get_int("transB", 0) else 1)
     if scales.size > 1 and weight.attributes.get_int("axis", 1) != axis:
-        return [Finding(_name(node), "scales by output channel", f"its weight's scales lie along another axis than {axis}")]
+        return [
+            Finding(_name(node), "scales by output channel", f"its weight's scales lie along another axis than {axis}")
+        ]
     return []

@@ -64,9 +64,7 @@ def differences(reference: Drawn, computed: Drawn) -> list[Difference]:
     """Each picture of ``computed`` against its reference, in order."""
     found = []
     for index, (one, two) in enumerate(zip(reference.pictures, computed.pictures, strict=True)):
-        steps = tuple(
-            sqnr(a[index], b[index]) for a, b in zip(reference.latents, computed.latents, strict=True)
-        )
+        steps = tuple(sqnr(a[index], b[index]) for a, b in zip(reference.latents, computed.latents, strict=True))
         found.append(Difference(index, psnr(one, two), ssim(one, two), steps))
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -141,13 +142,13 @@ class _Writer:
             self.pairs[tensor] = dequantized.outputs[0]
         return self.pairs[tensor]
 
-    def _constants(self, name: str, scale: float, dtype: np.dtype[np.floating]) -> tuple[ir.Value, ir.Value]:
+    def _constants(self, name: str, scale: float, dtype: np.dtype[Any]) -> tuple[ir.Value, ir.Value]:
         return (
             new_initializer(self.graph, f"{name}_scale", np.array(scale, dtype)),
             new_initializer(self.graph, f"{name}_zero_point", np.zeros((), np.int8)),
         )
 
-    def _dtype(self, node: ir.Node) -> np.dtype[np.floating]:
+    def _dtype(self, node: ir.Node) -> np.dtype[Any]:
         """The type that a layer computes in: float16 in a float16 graph."""
         weight = node.inputs[1]
         half = weight is not None and weight.dtype == ir.DataType.FLOAT16
@@ -164,10 +165,7 @@ class _Writer:
         power = power if factor is None else power / np.square(factor)
         if part is not None:
             array, power = array[:, part], power[part]
-        power = power if layer.kind == "MatMul" or layer.group == 1 else None
-        quantised = quantise_weight(
-            array, layer.channel_axis, layer.input_axis, power, clip=self.plan.clip_weights
-        )
+        quantised = quantise_weight(array, layer.channel_axis, layer.input_axis, power, clip=self.plan.clip_weights)
         name = f"{layer.weight}_{node.name}"
         scales = np.maximum(quantised.scales, np.finfo(dtype).tiny).astype(dtype)
         inputs = [

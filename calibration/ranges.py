@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from latentedge.calibration.observers import FIRST_NOT_FINITE, TensorStatistics, bin_values
 from latentedge.runtime.bundle import Array
 
+FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 #: Largest level of symmetric INT8.
 LEVELS = 127
 #: Fractions of the largest magnitude that the MSE and entropy rules try, from no clipping to an eighth.
@@ -61,7 +63,7 @@ OBSERVERS: dict[str, Callable[[TensorStatistics], float]] = {
 }
 
 
-def scale_of(amax: float, dtype: np.dtype[np.floating] = np.dtype(np.float32)) -> float:
+def scale_of(amax: float, dtype: np.dtype[Any] = FLOAT32) -> float:
     """The scale for a magnitude: positive, finite and normal in ``dtype``, whatever ``amax`` is.
 
     An activation that is zero everywhere gets 1/127; it stays zero. NaN and infinite magnitudes are a caller's error.

@@ -65,7 +65,7 @@ def unpack(data: bytes | Path) -> tuple[dict[str, TensorStatistics], list[Probe]
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         origin = "" if isinstance(data, bytes) else f" {data}"
         raise LatentEdgeError(f"the calibration record{origin} is damaged: {error}.", hint="calibrate again") from error
-    probes = []
+    probes: list[Probe] = []
     while f"probe{len(probes)}.place" in arrays:
         prefix = f"probe{len(probes)}."
         sample, step = (int(value) for value in arrays[f"{prefix}place"])

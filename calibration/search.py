@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,7 +75,7 @@ class Search:
 
     def run(
         self,
-        fetched: list[Mapping[str, Array]],
+        fetched: Sequence[Mapping[str, Array]],
         unusable: Iterable[str],
         progress: Callable[[int, int], None] | None = None,
     ) -> SearchResult:
@@ -128,7 +128,12 @@ class Search:
             self._bias(tensor, readers, inputs, references, best, result)
 
     def _balanced(
-        self, tensor: str, readers: list[_Reader], inputs: list[Array], references: list[list[Array]], best: ActivationPlan
+        self,
+        tensor: str,
+        readers: list[_Reader],
+        inputs: list[Array],
+        references: list[list[Array]],
+        best: ActivationPlan,
     ) -> ActivationPlan:
         """The best balancing of this activation, if it is worthwhile; weights are quantised in the comparison."""
         every = [entry.layer for entry in self.groups[tensor]]
@@ -191,7 +196,11 @@ class Search:
         for reader, reference in zip(readers, references, strict=True):
             if reader.layer.bias is None:
                 continue
-            scaled = reader.weight if factor is None else smoothing.multiplied(reader.weight, reader.layer.input_axis, factor)
+            scaled = (
+                reader.weight
+                if factor is None
+                else smoothing.multiplied(reader.weight, reader.layer.input_axis, factor)
+            )
             weight = self._quantised(reader, scaled, factor)
             outputs = [reader.run(array, weight) for array in quantised]
             axis = -1 if reader.layer.linear else 1
@@ -200,7 +209,7 @@ class Search:
                 result.bias[reader.layer.name] = correction
 
     def _splits(
-        self, group: list[Placed], fetched: list[Mapping[str, Array]], excluded: set[str], result: SearchResult
+        self, group: list[Placed], fetched: Sequence[Mapping[str, Array]], excluded: set[str], result: SearchResult
     ) -> None:
         """Shortcut convolutions on a Concat: one range for all inputs, or one for each, whichever errs less."""
         for entry in group:
@@ -222,7 +231,8 @@ class Search:
                 for part in parts
             }
             joined = [
-                np.concatenate([fake_quantise(probe[part], ranges[part]) for part in parts], axis=1) for probe in fetched
+                np.concatenate([fake_quantise(probe[part], ranges[part]) for part in parts], axis=1)
+                for probe in fetched
             ]
             shared = result.activations[entry.layer.activation]
             whole = [fake_quantise(array, shared.amax) for array in data]

@@ -103,6 +103,9 @@ class Studio(Pipeline):
         super().__init__(bundle, target.backend, precision, target.options)
         self.denoiser: Engine | None = None
 
+    def __enter__(self) -> Studio:
+        return self
+
     def engine(self, component: str) -> Engine:
         """The borrowed engine for its component; for the others what the pipeline's precision means for them."""
         borrowed = self.denoiser
@@ -123,35 +126,62 @@ def probe_sqnr(engine: Engine, probes: Sequence[Probe]) -> list[float]:
 def choose_blocks(plan: Plan, material: Material, target: Target, progress: Progress) -> Plan:
     """The fastest set of blocks above the floor.
 
-    Blocks that measured no faster stay float. The others are ordered by error for each second that they save; the
-    longest beginning of that order whose pictures hold the floor is found by bisection, each length being drawn.
+    Two sets compete: without the blocks that measured slower alone, and with them, because an INT8 block between two
+    others saves conversions that it needs alone; the faster one in the same rounds wins. Where no set holds the floor
+    every block becomes INT8, and the gate refuses it with the figure.
     """
-    slow = {block.name: reason for block in plan.blocks if (reason := _ruled_out(block, plan.floor_db)) is not None}
-    order = sorted((block for block in plan.blocks if block.name not in slow), key=_cost)
-    low, high = 0, len(order)
-    quality: dict[int, tuple[float, float]] = {}
-    attempt = 0
+    harmful = {block.name: why for block in plan.blocks if (why := _harm(block, plan.floor_db)) is not None}
+    slow = {block.name for block in plan.blocks if _is_slower(block)}
+    usable = [block for block in plan.blocks if block.name not in harmful]
+    sets: list[frozenset[str]] = []
+    for blocks in ([block for block in usable if block.name not in slow], usable):
+        held = _longest(plan, blocks, material, target, progress)
+        sets += [held] if held and held not in sets else []
+    if not sets:
+        reason = f"no plan holds {plan.floor_db:g} dB; the gate refuses this one"
+        blocks = [dataclasses.replace(block, precision=INT8, reason=reason) for block in plan.blocks]
+        return dataclasses.replace(plan, blocks=tuple(blocks))
+    chosen = sets[0] if len(sets) == 1 or not target.timed else _fastest(plan, sets, material, target)
+    decided = tuple(_decided(block, chosen, harmful, plan.floor_db) for block in plan.blocks)
+    return dataclasses.replace(plan, blocks=decided)
+
+
+def _longest(
+    plan: Plan, blocks: Sequence[BlockPlan], material: Material, target: Target, progress: Progress
+) -> frozenset[str]:
+    """The longest beginning of ``blocks``, cheapest first, whose pictures hold the floor; found by bisection."""
+    order = [block.name for block in sorted(blocks, key=_cost)]
+    low, high, attempt = 0, len(order), 0
     while low < high:
         # All of them first: most models hold the floor with every block in INT8.
-        middle = high if not quality else (low + high + 1) // 2
+        middle = high if attempt == 0 else (low + high + 1) // 2
         progress("plan", attempt, len(order).bit_length() + 1)
         attempt += 1
-        names = frozenset(block.name for block in order[:middle])
-        quality[middle] = _picture_quality(plan.with_blocks(names), material, target)
-        if _holds(quality[middle], plan.floor_db + MARGIN_DB):
+        quality = _picture_quality(plan.with_blocks(frozenset(order[:middle])), material, target)
+        if _holds(quality, plan.floor_db + MARGIN_DB):
             low = middle
         else:
             high = middle - 1
-    chosen = {block.name for block in order[:low]}
-    blocks = tuple(_decided(block, block.name in chosen, slow.get(block.name), plan.floor_db) for block in plan.blocks)
-    return dataclasses.replace(plan, blocks=blocks)
+    return frozenset(order[:low])
 
 
-def _decided(block: BlockPlan, chosen: bool, slow: str | None, floor: float) -> BlockPlan:
-    if chosen:
-        return dataclasses.replace(block, precision=INT8, reason=f"{_gain(block)}, and the pictures hold the floor")
-    reason = slow or f"the pictures fall below {floor + MARGIN_DB:g} dB with it"
-    return dataclasses.replace(block, precision=FLOAT, reason=reason)
+def _fastest(plan: Plan, sets: Sequence[frozenset[str]], material: Material, target: Target) -> frozenset[str]:
+    with ExitStack() as stack:
+        engines = {}
+        for number, names in enumerate(sets):
+            bundle = stack.enter_context(candidate(material.bundle, plan.with_blocks(names), material.evidence))
+            engines[str(number)] = stack.enter_context(_engine(bundle, plan.component, target, target.precision))
+        times = in_turns(engines, material.probes[0].inputs, target.seconds * len(sets))
+    return sets[min(range(len(sets)), key=lambda number: float(np.median(times[str(number)])))]
+
+
+def _decided(block: BlockPlan, chosen: frozenset[str], harmful: dict[str, str], floor: float) -> BlockPlan:
+    if block.name in chosen:
+        gain = "slower alone, not among the others" if _is_slower(block) else _gain(block)
+        return dataclasses.replace(block, precision=INT8, reason=f"{gain}; the pictures hold the floor")
+    reason = f"the pictures fall below {floor + MARGIN_DB:g} dB with it"
+    reason = "measured slower in INT8" if _is_slower(block) else reason
+    return dataclasses.replace(block, precision=FLOAT, reason=harmful.get(block.name, reason))
 
 
 def _gain(block: BlockPlan) -> str:
@@ -160,14 +190,17 @@ def _gain(block: BlockPlan) -> str:
     return "faster" if block.seconds_saved > 2 * block.seconds_error else "no slower within the error"
 
 
-def _ruled_out(block: BlockPlan, floor: float) -> str | None:
-    if block.name == SHORTCUTS and block.psnr_db is not None and block.psnr_db < floor + HARMLESS_DB:
-        return f"not harmless: {block.psnr_db:.1f} dB alone"
-    if block.seconds_saved is None or block.seconds_error is None:
+def _harm(block: BlockPlan, floor: float) -> str | None:
+    """Why shortcut convolutions are not harmless; ``None`` for other blocks."""
+    if block.name != SHORTCUTS or block.psnr_db is None or block.psnr_db >= floor + HARMLESS_DB:
         return None
-    if block.seconds_saved < -2 * block.seconds_error:
-        return "measured slower in INT8"
-    return None
+    return f"not harmless: {block.psnr_db:.1f} dB alone"
+
+
+def _is_slower(block: BlockPlan) -> bool:
+    if block.seconds_saved is None or block.seconds_error is None:
+        return False
+    return block.seconds_saved < -2 * block.seconds_error
 
 
 def _cost(block: BlockPlan) -> float:

@@ -89,7 +89,9 @@ def factors(channel_amax: Array, weight_amax: Array, exponent: float) -> Array:
 
 def weight_amax(weights: list[tuple[Array, int]]) -> Array:
     """Largest weight of each input channel over several layers, given as (weight, input axis)."""
-    largest = [np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)).max(axis=1) for weight, axis in weights]
+    largest = [
+        np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)).max(axis=1) for weight, axis in weights
+    ]
     return np.asarray(np.max(largest, axis=0))
 
 

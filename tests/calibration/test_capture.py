@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,7 +121,9 @@ def test_memory_does_not_grow_with_samples(bundle: Bundle) -> None:
         sample = np.random.default_rng(number).standard_normal((1, 4, 8, 8)).astype(np.float32)
         for _ in range(number * 3 + 1):
             engine.run({"sample": sample, "timestep": np.array([500.0], np.float32)})
-        sizes.append(sum(e.counts.nbytes + e.channel_amax.nbytes + e.channel_squares.nbytes for e in engine.statistics.values()))
+        sizes.append(
+            sum(e.counts.nbytes + e.channel_amax.nbytes + e.channel_squares.nbytes for e in engine.statistics.values())
+        )
     assert sizes[0] == sizes[1] == sizes[2]
     assert not list(bundle.path.rglob(".*observed*"))
 

@@ -25,7 +25,14 @@ def test_ssim_agrees_with_scikit_image() -> None:
     one = random.random((40, 48, 3)).astype(np.float32)
     two = np.clip(one + 0.1 * random.standard_normal(one.shape), 0, 1).astype(np.float32)
     _, whole = structural(
-        one, two, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
+        one,
+        two,
+        channel_axis=-1,
+        data_range=1.0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
     )
     # scikit-image averages over the same windows, those that stay inside.
     expected = whole[5:-5, 5:-5].mean()

@@ -108,7 +108,9 @@ def test_one_pair_for_each_tensor_and_int8_weights() -> None:
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     assert len(quantizers) == len({node.inputs[0].name for node in quantizers})  # type: ignore[union-attr]
     weights = [
-        node for node in model.graph if node.op_type == "DequantizeLinear" and node.inputs[0].producer() is None  # type: ignore[union-attr]
+        node
+        for node in model.graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0].producer() is None  # type: ignore[union-attr]
     ]
     assert len(weights) == 9
     assert all(constant(node.inputs[0]).dtype == np.int8 for node in weights)  # type: ignore[union-attr]
@@ -159,9 +161,7 @@ def test_balancing_helps_with_an_outlier_channel() -> None:
     weights = [(constant(nodes[layer.node].inputs[1]), layer.input_axis) for layer in layers]
     factor = smoothing.factors(statistics.channel_amax, smoothing.weight_amax(weights), 0.65)  # type: ignore[arg-type]
     amax = float((statistics.channel_amax / factor).max())
-    plan = dataclasses.replace(
-        plan, activations={**plan.activations, tensor: ActivationPlan(amax, "balanced", 0.65)}
-    )
+    plan = dataclasses.replace(plan, activations={**plan.activations, tensor: ActivationPlan(amax, "balanced", 0.65)})
     quantise(balanced, plan, found)
     assert sqnr(reference, run(balanced)[0]) > sqnr(reference, run(plain)[0]) + 2
 
@@ -214,7 +214,11 @@ def test_plan_round_trip(tmp_path: Path) -> None:
     plan = plan_for(model, evidence(model), split=("a",), kept={"b": "why"})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
-    text = (tmp_path / "plan.json").read_text().replace('"precision": "int8",\n      "reason"', '"precision": "int4",\n      "reason"')
+    text = (
+        (tmp_path / "plan.json")
+        .read_text()
+        .replace('"precision": "int8",\n      "reason"', '"precision": "int4",\n      "reason"')
+    )
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(LatentEdgeError, match="int4"):
         Plan.load(tmp_path / "plan.json")
@@ -272,9 +276,7 @@ def broken(change: str) -> tuple[ir.Model, str]:
     return model, conv.name or ""
 
 
-@pytest.mark.parametrize(
-    "change", ["zero scale", "attention", "bias", "half a layer", "output", "other scale", "axis"]
-)
+@pytest.mark.parametrize("change", ["zero scale", "attention", "bias", "half a layer", "output", "other scale", "axis"])
 def test_the_linter_names_the_node_that_breaks_a_rule(change: str) -> None:
     model, node = broken(change)
     findings = lint(model)

@@ -104,13 +104,13 @@ def write_vectors(folder: Path, component: Component, cases: list[Case]) -> dict
     for case in sorted(cases, key=Case.size):
         if not chosen or sum(other.size() for other in chosen) + case.size() <= VECTOR_BYTES:
             chosen.append(case)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for index, case in enumerate(chosen):
         arrays |= {f"{index}/input/{name}": array for name, array in case.inputs.items()}
         arrays |= {f"{index}/output/{name}": array for name, array in case.outputs.items()}
     path = folder / "reports" / "parity" / f"{component.name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+    np.savez_compressed(path, **arrays)
     return {
         "vectors": path.relative_to(folder).as_posix(),
         "vectors_sha256": file_sha256(path),

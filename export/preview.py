@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ def fit_preview(run: Run, decoder: Component, latent: Latent, axes: Mapping[str,
     features = np.concatenate(rows)
     features = np.concatenate([features, np.ones((len(features), 1))], axis=1)
     solution, *_ = np.linalg.lstsq(features, np.concatenate(targets), rcond=None)
-    return tuple((float(red), float(green), float(blue)) for red, green, blue in np.round(solution, 6))
+    rows_of_map: Any = np.round(solution, 6).tolist()
+    return tuple((red, green, blue) for red, green, blue in rows_of_map)
 
 
 def smooth_noise(shape: tuple[int, ...], generator: np.random.Generator) -> Array:

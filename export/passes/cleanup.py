@@ -26,7 +26,7 @@ def clean_up(model: ir.Model) -> None:
     Sequential(
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.TopologicalSortPass(),
     )(model)

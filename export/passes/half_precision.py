@@ -154,9 +154,11 @@ class _Caster:
         tensor = value.const_value
         if tensor is None or value.name is None:
             raise ExportError(f"the initialiser {value.name} has no value.")
-        name = f"{value.name}_fp16"
-        lazy = ir.LazyTensor(lambda: half_tensor(tensor, name), dtype=HALF, shape=ir.Shape(tensor.shape), name=name)
-        made = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(HALF), const_value=lazy)
+        name, shape = f"{value.name}_fp16", value.shape
+        if shape is None:
+            raise ExportError(f"the initialiser {value.name} has no shape.")
+        lazy = ir.LazyTensor(lambda: half_tensor(tensor, name), dtype=HALF, shape=shape, name=name)
+        made = ir.Value(name=name, shape=shape, type=ir.TensorType(HALF), const_value=lazy)
         self.graph.register_initializer(made)
         return made
 
@@ -175,7 +177,7 @@ class _Caster:
             self.graph.outputs[index] = node.outputs[0]
 
 
-def half_tensor(tensor: ir.TensorProtocol, name: str) -> ir.Tensor:
+def half_tensor(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     """A float32 tensor in float16. Finite magnitudes from 1e30 on are masks and become the largest float16."""
     array = tensor.numpy()
     masks = np.isfinite(array) & (np.abs(array) >= MASK_MAGNITUDE)

@@ -72,7 +72,8 @@ class AutoencoderTrainer:
         self.network = network
         self.discriminator = losses.PatchDiscriminator()
         self.peak, self.discriminator_from, self.bf16 = peak, discriminator_from, bf16
-        optimiser = torch.optim.AdamW(network.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
         judge = torch.optim.AdamW(self.discriminator.parameters(), lr=2e-4, betas=(0.5, 0.9))
         self.session = training.Session(
             {"network": network, "discriminator": self.discriminator},
@@ -151,6 +152,7 @@ def stage(kind: str, codewords: int = 1024) -> dict[str, Any]:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--minutes", default=20.0, help="Wall-clock time of the whole run.")
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), help="Start from these weights.")
+@click.option("--decoder-only", is_flag=True, help="Leave the encoder, and so all latents, as the weights have it.")
 @click.option("--kind", type=click.Choice(["kl", "vq"]), default="kl")
 @click.option("--batch-size", default=16)
 @click.option("--crops-until", default=0.8, help="Share of the run on 32x32 crops; whole pictures after that.")
@@ -162,6 +164,7 @@ def main(
     folder: Path,
     minutes: float,
     weights: Path | None,
+    decoder_only: bool,
     kind: str,
     batch_size: int,
     crops_until: float,
@@ -179,6 +182,9 @@ def main(
     network = build_first_stage(kind)
     if weights is not None:
         network.load_state_dict(torch.load(weights, weights_only=True))
+    if decoder_only:
+        network.encoder.requires_grad_(False)
+        network.quant_conv.requires_grad_(False)
     trainer = AutoencoderTrainer(network, pace, peak=learning_rate, discriminator_from=discriminator_from, bf16=bf16)
     session, state = trainer.session, folder / "autoencoder.state.pt"
     session.resume(state)

@@ -185,6 +185,8 @@ class _ComponentExport:
                 )
             self._progress(f"copy {precision}")
             model = ir.load(self.source.onnx_files[precision])
+            if self.source.adapt is not None:
+                self.source.adapt(model)
             cleanup.check(self.name, model, self.target)
             save_model(model, self._path(precision))
             self.measured[precision] = [{"kind": "parity", "note": REFERENCE_MISSING}]

@@ -12,6 +12,7 @@ import numpy as np
 from latentedge.runtime.bundle import Array, Component, Conditioning, Defaults, Latent, Source
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
 #: Sample inputs of a component for given axis lengths; the generator makes them reproducible.
@@ -35,6 +36,8 @@ class ComponentSource:
     trace_axes: dict[str, int] = field(default_factory=dict)
     compare_axes: tuple[dict[str, int], ...] = ()
     onnx_files: dict[str, Path] = field(default_factory=dict)
+    #: Changes a graph of ``onnx_files`` in place, so that it takes and gives what ``spec`` declares.
+    adapt: Callable[[ir.Model], None] | None = None
 
 
 @dataclass(frozen=True)

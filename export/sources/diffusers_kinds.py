@@ -1,8 +1,11 @@
-"""The pipeline classes of diffusers that are known: task, parts and conditioning of each, one line in a table."""
+"""The pipeline classes of diffusers that are known: task, parts, conditioning and defaults of each, as a table.
+
+The defaults are those of the class's own ``__call__``; a test compares them with the library's.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentedge.runtime.bundle import ConcatInput
 
@@ -26,6 +29,9 @@ class Kind:
     lora_pipeline: str | None = None
     #: What the class's constructor sets in its scheduler, whatever the scheduler's configuration says.
     schedule: tuple[tuple[str, object], ...] = ()
+    steps: int = 50
+    guidance_scale: float = 1.0
+    strength: float = 0.8
 
 
 CLIP = (("text_encoder", "tokenizer"),)
@@ -35,68 +41,83 @@ INPAINTING = (
     ConcatInput("masked_image_latent", 4, scaled=True, posterior="sample", hole_value=0.0),
 )
 EDITING = (ConcatInput("image_latent", 4, scaled=False, posterior="mode"),)
-SD, SDXL, LDM = "stable-diffusion", "stable-diffusion-xl", "latent-diffusion"
 OFFSET, NO_CLIPPING, PLMS_ONLY = ("steps_offset", 1), ("clip_sample", False), ("skip_prk_steps", True)
-SD_LORA, SDXL_LORA = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+LDM = "latent-diffusion"
+
+SD = Kind(
+    "StableDiffusionPipeline",
+    "stable-diffusion",
+    "text-to-image",
+    text=CLIP,
+    lora_pipeline="StableDiffusionPipeline",
+    schedule=(OFFSET, NO_CLIPPING),
+    guidance_scale=7.5,
+)
+SD_INPAINTING = replace(
+    SD,
+    class_name="StableDiffusionInpaintPipeline",
+    task="inpainting",
+    concat=INPAINTING,
+    schedule=(OFFSET, PLMS_ONLY),
+    strength=1.0,
+)
+PIX2PIX = replace(
+    SD,
+    class_name="StableDiffusionInstructPix2PixPipeline",
+    task="instruct-pix2pix",
+    concat=EDITING,
+    image_guidance=True,
+    schedule=(),
+    steps=100,
+)
+LCM = replace(SD, class_name="LatentConsistencyModelPipeline", schedule=(), steps=4, guidance_scale=8.5)
+SDXL = Kind(
+    "StableDiffusionXLPipeline",
+    "stable-diffusion-xl",
+    "text-to-image",
+    text=CLIP_TWICE,
+    lora_pipeline="StableDiffusionXLPipeline",
+    guidance_scale=5.0,
+)
+SDXL_INPAINTING = replace(
+    SDXL,
+    class_name="StableDiffusionXLInpaintPipeline",
+    task="inpainting",
+    concat=INPAINTING,
+    guidance_scale=7.5,
+    strength=0.9999,
+)
+LDM_TEXT = Kind(
+    "LDMTextToImagePipeline",
+    LDM,
+    "text-to-image",
+    first_stage="vqvae",
+    text=(("bert", "tokenizer"),),
+    guidance_below_one=True,
+)
+LDM_SUPERRESOLUTION = Kind(
+    "LDMSuperResolutionPipeline",
+    LDM,
+    "super-resolution",
+    first_stage="vqvae",
+    concat=(ConcatInput("low_resolution_image", 3),),
+    scaled=False,
+    steps=100,
+)
+LDM_UNCONDITIONAL = Kind("LDMPipeline", LDM, "unconditional", first_stage="vqvae")
 
 KINDS = (
-    Kind(
-        "StableDiffusionPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA, schedule=(OFFSET, NO_CLIPPING)
-    ),
-    Kind(
-        "StableDiffusionImg2ImgPipeline",
-        SD,
-        "text-to-image",
-        text=CLIP,
-        lora_pipeline=SD_LORA,
-        schedule=(OFFSET, NO_CLIPPING),
-    ),
-    Kind(
-        "StableDiffusionInpaintPipeline",
-        SD,
-        "inpainting",
-        text=CLIP,
-        concat=INPAINTING,
-        lora_pipeline=SD_LORA,
-        schedule=(OFFSET, PLMS_ONLY),
-    ),
-    Kind(
-        "StableDiffusionInstructPix2PixPipeline",
-        SD,
-        "instruct-pix2pix",
-        text=CLIP,
-        concat=EDITING,
-        image_guidance=True,
-        lora_pipeline=SD_LORA,
-    ),
-    Kind("LatentConsistencyModelPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("LatentConsistencyModelImg2ImgPipeline", SD, "text-to-image", text=CLIP, lora_pipeline=SD_LORA),
-    Kind("StableDiffusionXLPipeline", SDXL, "text-to-image", text=CLIP_TWICE, lora_pipeline=SDXL_LORA),
-    Kind("StableDiffusionXLImg2ImgPipeline", SDXL, "text-to-image", text=CLIP_TWICE, lora_pipeline=SDXL_LORA),
-    Kind(
-        "StableDiffusionXLInpaintPipeline",
-        SDXL,
-        "inpainting",
-        text=CLIP_TWICE,
-        concat=INPAINTING,
-        lora_pipeline=SDXL_LORA,
-    ),
-    Kind(
-        "LDMTextToImagePipeline",
-        LDM,
-        "text-to-image",
-        first_stage="vqvae",
-        text=(("bert", "tokenizer"),),
-        guidance_below_one=True,
-    ),
-    Kind(
-        "LDMSuperResolutionPipeline",
-        LDM,
-        "super-resolution",
-        first_stage="vqvae",
-        concat=(ConcatInput("low_resolution_image", 3),),
-        scaled=False,
-    ),
-    Kind("LDMPipeline", LDM, "unconditional", first_stage="vqvae"),
+    SD,
+    replace(SD, class_name="StableDiffusionImg2ImgPipeline"),
+    SD_INPAINTING,
+    PIX2PIX,
+    LCM,
+    replace(LCM, class_name="LatentConsistencyModelImg2ImgPipeline"),
+    SDXL,
+    replace(SDXL, class_name="StableDiffusionXLImg2ImgPipeline", strength=0.3),
+    SDXL_INPAINTING,
+    LDM_TEXT,
+    LDM_SUPERRESOLUTION,
+    LDM_UNCONDITIONAL,
 )
 PIPELINES = {kind.class_name: kind for kind in KINDS}

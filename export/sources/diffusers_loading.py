@@ -113,7 +113,7 @@ def component_class(kind: str) -> Any:
         return getattr(module, kind)
 
 
-def pipeline_class(name: str) -> Any:
+def library_class(name: str) -> Any:
     """A pipeline or scheduler class of diffusers."""
     module = library("diffusers")
     with quiet():
@@ -208,7 +208,7 @@ class Lora:
         """Tensors by diffusers' names, alphas, and metadata; :class:`LatentEdgeError` when the file is no LoRA."""
         if not self.path.is_file():
             raise LatentEdgeError(f"there is no LoRA file {self.path}.")
-        pipeline = pipeline_class(self.pipeline)
+        pipeline = library_class(self.pipeline)
         try:
             state, alphas, metadata = pipeline.lora_state_dict(
                 str(self.path), unet_config=_Fields(self.unet_config), return_lora_metadata=True
@@ -247,7 +247,7 @@ def merge(model: Any, name: str, loras: Iterable[Lora]) -> None:
         if not any(key.startswith(f"{name}.") for key in state):
             continue
         library("peft")
-        pipeline = pipeline_class(lora.pipeline)
+        pipeline = library_class(lora.pipeline)
         adapter = f"lora{number}"
         options = {"network_alphas": alphas, "adapter_name": adapter, "metadata": metadata}
         try:

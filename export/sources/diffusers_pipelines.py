@@ -1,7 +1,6 @@
 """What each pipeline class of diffusers is: its task, its parts, its conditioning and its defaults.
 
-The defaults of ``generate`` are those of the class's own ``__call__``. What the runtime does with the conditioning
-(order of the branches, scaling, draws) is described in ``docs/bundle.md``.
+What the runtime does with the conditioning (order of the branches, scaling, draws) is described in ``docs/bundle.md``.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from latentedge.export.sources.diffusers_loading import (
     Lora,
     Part,
     component_class,
+    library_class,
     lora_targets,
-    pipeline_class,
     read_json,
     read_part,
 )
@@ -60,27 +59,32 @@ class Parts:
 
 def read_pipeline(folder: Path, index: Mapping[str, Any], kind: Kind, options: SourceOptions) -> SourceModel:
     """Describe the pipeline in ``folder``; nothing but configurations, tokenizers and file hashes is read."""
-    parts = _parts(folder, index, kind)
+    return describe(folder, index, kind, _parts(folder, index, kind), options)
+
+
+def describe(
+    folder: Path, index: Mapping[str, Any], kind: Kind, parts: Parts, options: SourceOptions, layout: str = "diffusers"
+) -> SourceModel:
+    """The source model of a pipeline whose parts were found, whatever their weights are stored as."""
     kind = _as_the_unet_needs(kind, parts.unet)
     messages: list[str] = []
     loras = _loras(options, kind, parts)
     scale_factor = float(parts.first_stage.config.get("scaling_factor") or 1.0) if kind.scaled else 1.0
     tokenizers = _tokenizers(parts, options, messages)
     conditioning = _conditioning(kind, parts, index, tokenizers)
-    first_stage = parts.first_stage
-    factor = 2 ** halvings(first_stage.config)
+    factor = 2 ** halvings(parts.first_stage.config)
     return SourceModel(
         family=kind.family,
         task=kind.task,
-        source=Source("diffusers", _hashes(folder, parts, loras), _licence(folder), tuple(_notes(loras))),
+        source=Source(layout, _hashes(folder, parts, loras), _licence(folder), tuple(_notes(loras))),
         latent=Latent(
             channels=int(parts.unet.config["out_channels"]),
             downscale=factor,
             scale_factor=scale_factor,
-            encoding=ENCODINGS[first_stage.kind],
+            encoding=ENCODINGS[parts.first_stage.kind],
         ),
         conditioning=conditioning,
-        schedule=_schedule(folder, kind),
+        schedule=_schedule(folder, kind, layout),
         defaults=_defaults(kind, parts, folder, index, factor, messages),
         components=tuple(_components(kind, parts, conditioning, scale_factor, loras)),
         tokenizers=tokenizers,
@@ -208,7 +212,9 @@ def _components(
         conditions["timestep_cond"] = (conditioning.guidance_embedding,)
     components.append(unet_component(parts.unet, conditions, size, loras))
     # Only SDXL's pipelines use the statistics that a first stage may state.
-    return components + first_stage_components(parts.first_stage, size, scale_factor, normalised=kind.family == SDXL)
+    return components + first_stage_components(
+        parts.first_stage, size, scale_factor, normalised=kind.family == SDXL.family
+    )
 
 
 def _text_outputs(part: Part, encoder: TextEncoder) -> tuple[str, ...]:
@@ -257,23 +263,17 @@ def _check_vocabulary(tokenizer: TokenizerSource, part: Part, folder: Path | str
 def _defaults(
     kind: Kind, parts: Parts, folder: Path, index: Mapping[str, Any], factor: int, messages: list[str]
 ) -> Defaults:
-    call = inspect.signature(pipeline_class(kind.class_name).__call__).parameters
-    own = {name: call[name].default for name in call}
     size = side_of(parts.unet.config["sample_size"])
     name = f"{folder.resolve().name} {index.get('_name_or_path', '')}".lower()
-    steps, scale = int(own["num_inference_steps"]), float(own.get("guidance_scale", 1.0))
-    if "turbo" in name and kind.task == "text-to-image":
-        steps, scale = 1, 0.0
+    turbo = "turbo" in name and kind.task == "text-to-image"
+    if turbo:
         messages.append("its name says that this is a Turbo model: the defaults are 1 step without guidance")
     return Defaults(
         height=size[0] * factor,
         width=size[1] * factor,
-        steps=steps,
-        guidance_scale=scale,
-        eta=float(own.get("eta", 0.0) or 0.0),
-        # Only the picture pipelines have a strength; the others start pictures as StableDiffusionImg2ImgPipeline does.
-        strength=float(own.get("strength", 0.8)),
-        image_guidance_scale=float(own.get("image_guidance_scale", 1.5)),
+        steps=1 if turbo else kind.steps,
+        guidance_scale=0.0 if turbo else kind.guidance_scale,
+        strength=kind.strength,
     )
 
 
@@ -293,10 +293,12 @@ def _notes(loras: Sequence[Lora]) -> list[str]:
     return [f"LoRA {lora.path.name} merged with scale {lora.scale:g}" for lora in loras]
 
 
-def _schedule(folder: Path, kind: Kind) -> dict[str, object]:
+def _schedule(folder: Path, kind: Kind, layout: str) -> dict[str, object]:
     """The scheduler's configuration as the pipeline runs it: some classes set fields of it when they are made."""
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
-    fields = inspect.signature(pipeline_class(str(schedule.get("_class_name"))).__init__).parameters
+    fields = set(schedule)
+    if layout == "diffusers":
+        fields |= set(inspect.signature(library_class(str(schedule.get("_class_name"))).__init__).parameters)
     changes = {name: value for name, value in kind.schedule if name in fields}
     return {**schedule, **changes, "dialect": "diffusers"}
 

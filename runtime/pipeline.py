@@ -359,8 +359,10 @@ class Pipeline:
         encoded = autoencoder.encode(encoder, manifest.latent, run.pictures, run.draws, tile=request.tile)
         noise = self._initial_noise(request, shape, run.draws)
         begin = plan.begin(run.strength)
-        keeps = run.mask is not None and not takes_picture
-        return plan.noised_start(encoded, noise, begin), begin, (encoded, noise) if keeps else None
+        known = (encoded, noise) if run.mask is not None and not takes_picture else None
+        if known is not None and run.strength == 1:  # nothing of the picture is under the mask: pure noise
+            return np.asarray(noise * np.float32(plan.init_noise_sigma), np.float32), begin, known
+        return plan.noised_start(encoded, noise, begin), begin, known
 
     @staticmethod
     def _initial_noise(request: Request, shape: tuple[int, ...], draws: Draws) -> Array:

@@ -20,9 +20,11 @@ from diffusers import (
     LDMSuperResolutionPipeline,
     LDMTextToImagePipeline,
     PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -260,6 +262,23 @@ def with_tiny_autoencoder() -> Any:
     return _sd(StableDiffusionPipeline, unet(), _pndm(), vae=tiny_autoencoder())
 
 
+def inpainting_by_latents() -> Any:
+    """A UNet without mask channels."""
+    return _sd(StableDiffusionInpaintPipeline, unet(), _pndm())
+
+
+def from_picture() -> Any:
+    return _sd(StableDiffusionImg2ImgPipeline, unet(), _ddim(SD_BETAS, steps_offset=1))
+
+
+def xl_from_picture() -> Any:
+    parts = dict(stable_diffusion_xl().components)
+    return StableDiffusionXLImg2ImgPipeline(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")},
+        add_watermarker=False,
+    )
+
+
 def ldm_text() -> Any:
     config = LDMBertConfig(
         vocab_size=len(bert_vocabulary()),
@@ -302,6 +321,9 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "lcm": latent_consistency,
     "turbo": turbo,
     "inpaint9": inpainting,
+    "inpaint4": inpainting_by_latents,
+    "img2img": from_picture,
+    "sdxl-img2img": xl_from_picture,
     "ip2p": pix2pix,
     "taesd": with_tiny_autoencoder,
     "ldm-text2im": ldm_text,

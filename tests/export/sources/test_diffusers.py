@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from latentedge.export.model import ComponentSource, SourceModel, SourceOptions
 from latentedge.export.sources import diffusers as source
 from latentedge.export.sources import load_source
+from latentedge.export.sources.diffusers_kinds import KINDS, Kind
+from latentedge.runtime.bundle import Defaults
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 from tests.export.sources import diffusers_models
 
@@ -189,19 +192,25 @@ def test_statistics_by_channel_are_undone(folders: dict[str, tuple[Path, Any]]) 
         assert near(decoded, pipeline.vae.decode(theirs.mean).sample)
 
 
-def test_defaults_are_the_pipelines_own(folders: dict[str, tuple[Path, Any]]) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.class_name)
+def test_defaults_are_the_pipelines_own(kind: Kind) -> None:
+    import diffusers
+
+    call = inspect.signature(getattr(diffusers, kind.class_name).__call__).parameters
+    own = {name: parameter.default for name, parameter in call.items()}
+    assert kind.steps == own["num_inference_steps"]
+    assert kind.guidance_scale == own.get("guidance_scale", 1.0)
+    assert own.get("eta", 0.0) == Defaults(8, 8).eta
+    assert own.get("image_guidance_scale", 1.5) == Defaults(8, 8).image_guidance_scale
+    # Pipelines without a strength of their own start from pictures as the image-to-image pipeline does.
+    assert kind.strength == own.get("strength", 0.8)
+
+
+def test_default_sizes_are_the_unets(folders: dict[str, tuple[Path, Any]]) -> None:
     found = {name: source.load(folder, OPTIONS).defaults for name, (folder, _) in folders.items()}
-    values = {name: (entry.steps, entry.guidance_scale) for name, entry in found.items()}
-    assert values == {
-        "sd": (50, 7.5),
-        "sdxl": (50, 5.0),
-        "lcm": (4, 8.5),
-        "taesd": (50, 7.5),
-        "ldm-text2im": (50, 1.0),
-        "ldm-uncond": (50, 1.0),
-        "ldm-superres": (100, 1.0),
-    }
-    assert (found["sd"].height, found["sd"].width) == (16, 16)
+    sizes = {name: (entry.height, entry.width) for name, entry in found.items()}
+    assert sizes["sd"] == sizes["sdxl"] == sizes["ldm-uncond"] == (16, 16)
+    assert sizes["ldm-text2im"] == (64, 64)
 
 
 def test_a_turbo_model_is_known_by_its_name(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:

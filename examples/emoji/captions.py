@@ -26,7 +26,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 # What a caption means that names no style or no background.
 DEFAULT_STYLE = "3d"
 DEFAULT_BACKGROUND = "white"
-TOKENS = 24
+TOKENS = 16
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 

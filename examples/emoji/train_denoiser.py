@@ -1,79 +1,64 @@
 """Stage two: ``python -m examples.emoji.train_denoiser FOLDER`` writes FOLDER/denoiser.pt.
 
-FOLDER holds autoencoder.pt and latents.npz (see ``latents``). U-Net and text encoder are trained together; what is
-written is their moving average. The run is resumed when FOLDER/denoiser.state.pt is there.
+FOLDER holds autoencoder.pt, latents.npz (see ``latents``) and text_encoder.pt (see ``train_text_encoder``). U-Net and
+text encoder are trained together; what is written is their moving average. The run is resumed when
+FOLDER/denoiser.state.pt is there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 from rich.progress import Progress, TextColumn
-from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
 from examples.emoji import diffusion, training
 from examples.emoji.captions import (
-    BACKGROUNDS,
-    DEFAULT_BACKGROUND,
     STYLES,
-    Concept,
-    build_tokenizer,
     caption,
-    encode,
-    random_caption,
-    read_concepts,
 )
-from examples.emoji.data import held_out
+from examples.emoji.corpus import Corpus, corpus_of
 from examples.emoji.drawing import Denoiser, draw
 from examples.emoji.latents import load_first_stage
 from examples.emoji.train_autoencoder import autocast
+from examples.emoji.train_text_encoder import TextEncoderWithHead, build_text_encoder, patches_of
 
-DROPPED_CONDITIONS = 0.1
-WHITE_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Scaled latents float32 [concepts, styles, backgrounds, 4, 16, 16], what they show, and what is held out."""
-
-    latents: Tensor
-    concepts: list[Concept]
-    unseen: np.ndarray
-    tokenizer: Tokenizer
-
-    def batch(self, count: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Random seen combinations and one of their captions: latents [count, 4, 16, 16], ids [count, tokens]."""
-        names, white = list(BACKGROUNDS), list(BACKGROUNDS).index(DEFAULT_BACKGROUND)
-        places, sentences = [], []
-        while len(places) < count:
-            concept, style = int(random.integers(len(self.concepts))), int(random.integers(len(STYLES)))
-            background = white if random.random() < WHITE_SHARE else int(random.integers(len(names)))
-            if self.unseen[concept, style, background]:
-                continue
-            places.append((concept, style, background))
-            dropped = random.random() < DROPPED_CONDITIONS
-            said = random_caption(self.concepts[concept], STYLES[style], names[background], random)
-            sentences.append("" if dropped else said)
-        concept_index, style_index, background_index = np.array(places).T
-        latents = self.latents[concept_index, style_index, background_index].float()
-        return latents, torch.from_numpy(encode(self.tokenizer, sentences))
+# Tokens of the empty prompt that are not padding: its start and its end.
+EMPTY_TOKENS = 2
+# How fast the text encoder learns, beside the U-Net: it comes trained (see ``train_text_encoder``).
+TEXT_ENCODER_SCALE = 0.3
+# Weight of what the text encoder was trained on before, which it shall not forget.
+PATCHES_WEIGHT = 0.1
 
 
 class DenoiserTrainer:
     """One training step of the denoiser."""
 
     def __init__(
-        self, denoiser: Denoiser, alphas: Tensor, pace: training.Pace, *, peak: float, decay: float, bf16: bool
+        self,
+        denoiser: Denoiser,
+        text: TextEncoderWithHead,
+        alphas: Tensor,
+        pace: training.Pace,
+        *,
+        peak: float,
+        decay: float,
+        bf16: bool,
     ) -> None:
-        self.denoiser, self.alphas, self.peak, self.bf16 = denoiser, alphas, peak, bf16
-        optimiser = torch.optim.AdamW(denoiser.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+        self.denoiser, self.text, self.alphas, self.peak, self.bf16 = denoiser, text, alphas, peak, bf16
+        denoiser.text_encoder = text.text_encoder
+        groups: list[dict[str, Any]] = [
+            {"params": list(denoiser.unet.parameters())},
+            {"params": list(text.parameters()), "scale": TEXT_ENCODER_SCALE},
+        ]
+        optimiser = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
         self.session = training.Session(
-            {"denoiser": denoiser},
+            {"denoiser": denoiser, "head": text.head},
             {"denoiser": optimiser},
             {"denoiser": training.MovingAverage(denoiser, decay)},
             pace,
@@ -82,7 +67,7 @@ class DenoiserTrainer:
         )
 
     def step(self, latents: Tensor, input_ids: Tensor) -> float:
-        """Train on scaled latents [batch, 4, 16, 16] and token ids [batch, tokens]; returns the loss."""
+        """Train on scaled latents [batch, 4, 16, 16] and token ids [batch, tokens]; returns the denoiser's loss."""
         session = self.session
         optimiser = session.optimisers["denoiser"]
         training.set_learning_rate(optimiser, session.pace.learning_rate(self.peak))
@@ -91,14 +76,18 @@ class DenoiserTrainer:
         alpha = self.alphas[timesteps]
         noisy, target = diffusion.noised(latents, noise, alpha)
         with autocast(self.bf16):
-            output = self.denoiser(noisy, timesteps.float(), input_ids)
+            context = self.denoiser.text_encoder(input_ids)
+            output = self.denoiser.unet(noisy, timesteps.float(), context)
+            patches = self.text.read(context)
         loss = diffusion.v_loss(output.float(), target, alpha)
+        named = input_ids.count_nonzero(dim=1) > EMPTY_TOKENS
+        patches_loss = functional.mse_loss(patches.float()[named], patches_of(latents)[named])
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
+        (loss + PATCHES_WEIGHT * patches_loss).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_([*self.denoiser.parameters(), *self.text.head.parameters()], 1.0)
         optimiser.step()
         session.averages["denoiser"].update(self.denoiser)
-        session.record(loss=float(loss.detach()))
+        session.record(loss=float(loss.detach()), patches=float(patches_loss.detach()))
         session.pace.advance()
         return float(loss.detach())
 
@@ -113,18 +102,10 @@ GRID = [
 ]  # fmt: skip
 
 
-def corpus_of(folder: Path) -> tuple[Corpus, float]:
-    """The corpus of FOLDER/latents.npz, and its scale factor."""
-    with np.load(folder / "latents.npz") as arrays:
-        scale_factor = float(arrays["scale_factor"])
-        latents = torch.from_numpy(arrays["latents"]) * scale_factor
-    concepts = read_concepts()
-    return Corpus(latents, concepts, held_out(len(concepts)), build_tokenizer(concepts)), scale_factor
-
-
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--minutes", default=75.0, help="Wall-clock time of the whole run.")
+@click.option("--weights", type=click.Path(path_type=Path, exists=True), help="Start from what fits of these.")
 @click.option("--batch-size", default=32)
 @click.option("--learning-rate", default=8e-4)
 @click.option("--decay", default=0.998, help="Of the moving average.")
@@ -134,6 +115,7 @@ def corpus_of(folder: Path) -> tuple[Corpus, float]:
 def main(
     folder: Path,
     minutes: float,
+    weights: Path | None,
     batch_size: int,
     learning_rate: float,
     decay: float,
@@ -148,7 +130,12 @@ def main(
     corpus, scale_factor = corpus_of(folder)
     pace = training.Pace(minutes=minutes)
     alphas = diffusion.alphas_cumprod(parameters)
-    trainer = DenoiserTrainer(Denoiser(parameters), alphas, pace, peak=learning_rate, decay=decay, bf16=bf16)
+    denoiser, text = Denoiser(parameters), build_text_encoder()
+    text.load_state_dict(torch.load(folder / "text_encoder.pt", weights_only=True))
+    if weights is not None:
+        fresh = training.load_fitting(denoiser, torch.load(weights, weights_only=True))
+        click.echo(f"{len(fresh)} tensors of the denoiser start anew")
+    trainer = DenoiserTrainer(denoiser, text, alphas, pace, peak=learning_rate, decay=decay, bf16=bf16)
     session, state = trainer.session, folder / "denoiser.state.pt"
     session.resume(state)
     columns = (*Progress.get_default_columns(), TextColumn("step {task.fields[step]} loss {task.fields[loss]:.4f}"))
@@ -178,7 +165,7 @@ def report(trainer: DenoiserTrainer, corpus: Corpus, folder: Path, scale_factor:
     )  # fmt: skip
     rows = np.array_split(pictures, len(STYLES))
     training.save_grid(rows, folder / "grids" / f"{session.pace.step:06d}.png")
-    training.save_curves({"loss": session.curves["loss"]}, folder / "denoiser_curves.png")
+    training.save_curves(session.curves, folder / "denoiser_curves.png")
     return f"step {session.pace.step}, {session.pace.spent / 60:.1f} min: loss {session.recent('loss', 200):.4f}"
 
 

@@ -160,9 +160,17 @@ class Session:
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """The same rate for all parameters."""
+    """The rate for all parameters, times a group's own ``scale`` where it has one."""
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1.0)
+
+
+def load_fitting(network: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Load the tensors whose name and shape fit; returns the names of the network's tensors that stay as they were."""
+    own = network.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    network.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))
 
 
 def to_network(pictures: np.ndarray) -> Tensor:

@@ -11,9 +11,11 @@ torch = pytest.importorskip("torch")
 
 from examples.emoji import diffusion, losses, pack, training  # noqa: E402
 from examples.emoji.captions import Concept, build_tokenizer  # noqa: E402
+from examples.emoji.corpus import Corpus  # noqa: E402
 from examples.emoji.drawing import Denoiser  # noqa: E402
 from examples.emoji.train_autoencoder import AutoencoderTrainer, batch, build_first_stage  # noqa: E402
-from examples.emoji.train_denoiser import Corpus, DenoiserTrainer  # noqa: E402
+from examples.emoji.train_denoiser import DenoiserTrainer  # noqa: E402
+from examples.emoji.train_text_encoder import TextEncoderTrainer, TextEncoderWithHead, patches_of  # noqa: E402
 
 CONCEPTS = [Concept("cat", ("cat", "kitty")), Concept("dog", ("dog",))]
 DDCONFIG = {
@@ -53,7 +55,7 @@ PARAMETERS = {
     },
     "cond_stage_config": {
         "target": "ldm.modules.encoders.modules.BERTEmbedder",
-        "params": {"n_embed": 32, "n_layer": 1, "vocab_size": 512, "max_seq_len": 24},
+        "params": {"n_embed": 32, "n_layer": 1, "vocab_size": 512, "max_seq_len": 16},
     },
 }
 
@@ -116,7 +118,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
 
 def _corpus() -> Corpus:
     levels = torch.randn(len(CONCEPTS), 3, 10, 4, 1, 1, generator=torch.Generator().manual_seed(5))
-    latents = levels.expand(-1, -1, -1, -1, 8, 8).contiguous()
+    latents = levels.expand(-1, -1, -1, -1, 16, 16).contiguous()
     unseen = np.zeros((len(CONCEPTS), 3, 10), bool)
     unseen[0, 1] = True
     return Corpus(latents, CONCEPTS, unseen, build_tokenizer(CONCEPTS))
@@ -124,8 +126,10 @@ def _corpus() -> Corpus:
 
 def _denoiser(steps: int) -> DenoiserTrainer:
     torch.manual_seed(0)
+    denoiser = Denoiser(PARAMETERS)
     return DenoiserTrainer(
-        Denoiser(PARAMETERS),
+        denoiser,
+        TextEncoderWithHead(denoiser.text_encoder, 32),
         diffusion.alphas_cumprod(PARAMETERS),
         training.Pace(steps=steps),
         peak=4e-3,
@@ -139,6 +143,22 @@ def test_denoiser_learns() -> None:
     fixed = corpus.batch(8, trainer.session.random)
     values = [trainer.step(*fixed) for _ in range(40)]
     assert np.mean(values[-5:]) < 0.85 * np.mean(values[:5])
+
+
+def test_text_encoder_learns_what_captions_look_like() -> None:
+    module = TextEncoderWithHead(training.build(PARAMETERS["cond_stage_config"]), 32)
+    trainer = TextEncoderTrainer(module, training.Pace(steps=60), peak=1e-2, bf16=False)
+    corpus = _corpus()
+    fixed = corpus.batch(8, trainer.session.random, dropped=0.0)
+    values = [trainer.step(*fixed) for _ in range(60)]
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_patches_keep_their_place() -> None:
+    latents = torch.arange(2 * 4 * 16 * 16, dtype=torch.float32).reshape(2, 4, 16, 16)
+    patches = patches_of(latents)
+    assert patches.shape == (2, 16, 64)
+    assert torch.equal(patches[1, 6].reshape(4, 4, 4), latents[1, :, 4:8, 8:12])
 
 
 def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def calibrate(path: Path, options: Options, reporter: Reporter, mapper: Mapper =
         options.component,
         options.samples,
         options.steps,
-        options.prompts,
+        _observed(options.prompts),
         outputs=needs_outputs(options),
         threads=options.threads,
     )
@@ -118,13 +118,23 @@ def calibrate(path: Path, options: Options, reporter: Reporter, mapper: Mapper =
     evidence = Evidence(statistics, result.bias)
     target = faster_precision(bundle, plan, evidence, target, probes, reporter)
     plan = dataclasses.replace(plan, precision=target.precision)
-    wanted = requests(bundle, PLAN_PICTURES, options.steps, options.prompts)
+    wanted = requests(bundle, PLAN_PICTURES, options.steps, _observed(options.prompts))
     with Studio(bundle, target) as studio:
         reference = studio.with_denoiser(None, wanted)
         material = Material(bundle, studio, evidence, probes, wanted, reference)
         plan = measure_blocks(plan, material, target, reporter.progress)
         plan = choose_blocks(plan, material, target, reporter.progress)
     return apply(bundle, plan, evidence, probes, target, options, reporter, faults)
+
+
+def _observed(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """The prompts that calibration sees: every other one."""
+    return prompts[0::2]
+
+
+def _held_out(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """The prompts that only the gate sees; a single prompt is judged with other seeds."""
+    return prompts[1::2] or prompts
 
 
 def needs_outputs(options: Options) -> bool:
@@ -248,7 +258,7 @@ def apply(
     bundle = with_variant(bundle, plan.component, "int8", variant_of(bundle, files))
     reporter.progress("gate", 0, 1)
     corrections = fit_corrections(bundle, plan, probes, target, reporter)
-    held_out = requests(bundle, options.pictures, options.steps, options.prompts, held_out=True)
+    held_out = requests(bundle, options.pictures, options.steps, _held_out(options.prompts), held_out=True)
     bundle, records = gate.measure(
         bundle, plan.component, target, probes, held_out, plan.floor_db, corrections, reporter.notify
     )

@@ -166,7 +166,8 @@ def test_compare_writes_a_page_that_needs_nothing_else(
     assert len(data["latent_sqnr_db_by_step"]) == 6
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert page.count("data:image/png;base64,") == 1 + 3 * 3
-    assert 'src="http' not in page and "href=" not in page
+    assert 'src="http' not in page
+    assert "href=" not in page
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
 
 

@@ -96,7 +96,9 @@ def row_json(row: BuildRow) -> dict[str, Any]:
 
 def print_rows(rows: Sequence[BuildRow]) -> None:
     """The table on stdout, and what the compiler complained about below it."""
-    table = [("component", "precision", "target", "compiles", "plan", "weights", "scratch", "engines", "seconds")]
+    table: list[tuple[str, ...]] = [
+        ("component", "precision", "target", "compiles", "plan", "weights", "scratch", "engines", "seconds")
+    ]
     table += [
         (
             row.component,
@@ -107,10 +109,13 @@ def print_rows(rows: Sequence[BuildRow]) -> None:
             _size(row.weight_memory),
             _size(row.scratch_memory),
             str(row.parts),
-            f"{row.seconds:.1f}",
+            f"{row.seconds:.3g}",
         )
         for row in rows
     ]
+    # A backend that compiles when it loads tells no sizes.
+    shown = [column for column in range(len(table[0])) if any(line[column] != "-" for line in table[1:])]
+    table = [tuple(line[column] for column in shown) for line in table]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for cells in table:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())

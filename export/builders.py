@@ -15,6 +15,8 @@ from latentedge.runtime.errors import UsageError
 
 #: ``module:function`` by backend; the function is a :data:`Builder`.
 BUILDERS: dict[str, str] = {
+    "onnxruntime": "latentedge.export.measured_builder:build",
+    "openvino": "latentedge.export.measured_builder:build",
     "tensorrt": "latentedge.export.tensorrt.builder:build",
     "tensorrt-rtx": "latentedge.export.tensorrt.builder:build",
 }

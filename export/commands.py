@@ -67,13 +67,15 @@ def export_and_build(as_json: bool, backend: str, **arguments: Any) -> None:
 
     SOURCE is what `latentedge export` takes.
     """
-    from latentedge.export.latency import measure_bundle
+    from latentedge.export.builders import BuildRequest, builder_of
     from latentedge.export.summary import print_summary, summary_of
     from latentedge.runtime.engines import backend as find_backend
 
     find_backend(backend)
     exported = run_export(**arguments)
-    bundle = measure_bundle(exported, backend, lambda message: click.echo(f"note: {message}", err=True))
+    request = BuildRequest(exported, backend, notify=lambda message: click.echo(f"note: {message}", err=True))
+    builder_of(backend)(request)
+    bundle = Bundle.open(exported.path)
     if as_json:
         click.echo(json.dumps(summary_of(bundle), indent=2))
     print_summary(bundle)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from latentedge.export.builders import components_to_build
 from latentedge.export.bundle_writer import write_manifest
 from latentedge.runtime.bundle import Array, Bundle, Component, Variant
 from latentedge.runtime.engines import EngineOptions, open_engine
@@ -29,14 +30,14 @@ def measure_bundle(bundle: Bundle, backend: str, notify: Callable[[str], None]) 
     A precision that this device does not compute in is left out, and ``notify`` is told. :class:`EngineError` when a
     graph does not open or run.
     """
-    components = {}
-    for name, component in bundle.manifest.components.items():
+    components = dict(bundle.manifest.components)
+    for component in components_to_build(bundle, backend):
         seconds = _time_component(bundle, component, backend, notify)
         variants = {
             precision: _with_latency(variant, precision, backend, seconds)
             for precision, variant in component.variants.items()
         }
-        components[name] = dataclasses.replace(component, variants=variants)
+        components[component.name] = dataclasses.replace(component, variants=variants)
     manifest = dataclasses.replace(bundle.manifest, components=components)
     write_manifest(bundle.path, manifest)
     return Bundle.open(bundle.path)

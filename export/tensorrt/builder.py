@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentedge.export.builders import BuildRequest, BuildRow, components_to_build
+from latentedge.export.latency import measure_bundle
 from latentedge.export.tensorrt.engine_from_onnx import (
     BuilderSettings,
     CompiledPlan,
@@ -32,7 +33,10 @@ RTX = "tensorrt-rtx"
 
 
 def build(request: BuildRequest) -> list[BuildRow]:
-    """Build, or only check, every component in every asked-for precision, one after the other."""
+    """Build, or only check, every component in every asked-for precision, one after the other.
+
+    When all precisions are built for this machine they are timed too, so that ``auto`` can choose.
+    """
     find_backend(request.backend)
     if request.stripped and request.max_engine_memory:
         raise UsageError("--plan stripped cannot be combined with --max-engine-memory: a part has no ONNX file.")
@@ -46,6 +50,8 @@ def build(request: BuildRequest) -> list[BuildRow]:
             rows.extend(_check(request, library, component, key))
         else:
             rows.append(_build(request, library, component, key))
+    if not (request.check or request.precisions or request.compute_capabilities):
+        measure_bundle(request.bundle, request.backend, request.notify)
     return rows
 
 

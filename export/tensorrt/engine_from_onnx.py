@@ -29,7 +29,10 @@ _MEMORY_LINES = {
     "scratch_memory": re.compile(r"Total Activation Memory: (\d+) bytes"),
 }
 #: Warnings that say nothing about the graph.
-_NOISE = re.compile(r"Local timing cache|minShape is not the same|compiler backend|has Int64 binding|is unused or used only at compile-time", re.IGNORECASE)
+_NOISE = re.compile(
+    r"Local timing cache|minShape is not the same|compiler backend|has Int64 binding|is unused or used only at compile-time",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ def engine_axes(request: BuildRequest, component: Component) -> dict[str, Axis]:
     """Shortest, best and longest length by axis; all three are equal unless a range was asked for.
 
     The batch is the number of pictures, and for the denoiser times the branches of guidance, which the manifest's
-    best batch tells. A range's lower end is the shortest batch without guidance. :class:`UsageError` names an axis
+    best batch tells; the other networks take from one picture's prompt to their own best batch. A range's lower end is
+    the shortest batch without guidance. :class:`UsageError` names an axis
     that the network was not exported for.
     """
     axes = {}
@@ -33,6 +34,8 @@ def engine_axes(request: BuildRequest, component: Component) -> dict[str, Axis]:
 def _batch(request: BuildRequest, component: Component) -> Axis:
     pictures = request.batch or Range(1, 1)
     branches = component.axes["batch"].opt if component.name == DENOISER and not request.low_memory else 1
+    if component.name != DENOISER:
+        return Axis(pictures.low, pictures.low, max(pictures.high, component.axes["batch"].opt))
     if pictures.low == pictures.high:
         return Axis(branches * pictures.low, branches * pictures.low, branches * pictures.low)
     return Axis(pictures.low, branches * pictures.low, branches * pictures.high)

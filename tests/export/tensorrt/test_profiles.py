@@ -52,6 +52,9 @@ def test_a_denoisers_profile(settings: dict[str, object], batch: object, height:
 
 
 def test_only_the_denoiser_evaluates_the_branches_of_guidance() -> None:
+    encoder = dataclasses.replace(UNET, name="text_encoder", axes=AXES)
+    assert ends(engine_axes(request(), encoder)["batch"]) == (1, 1, 2)
+    assert ends(engine_axes(request(), DECODER)["batch"]) == (1, 1, 1)
     assert ends(engine_axes(request(batch=Range(2, 3)), DECODER)["batch"]) == (2, 2, 3)
 
 

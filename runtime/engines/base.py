@@ -72,6 +72,8 @@ class Engine(ABC):
         self.axes = dict(axes)
         self._written.clear()
         self.writer = None
+        # A failure leaves the engine unbound, not bound to buffers that are gone.
+        self._bound = False
         self._bind()
         self._bound = True
 

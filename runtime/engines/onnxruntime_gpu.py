@@ -113,7 +113,6 @@ class DeviceEngine(Engine):
         return session
 
     def _bind(self) -> None:
-        self._bound = False
         if self._fixed:
             self._session = None
             named = {side for spec in self.component.inputs for side in spec.shape if isinstance(side, str)}

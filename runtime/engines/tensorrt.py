@@ -203,8 +203,6 @@ class TensorRTEngine(Engine):
         device.join(self)
 
     def _bind(self) -> None:
-        # Until all of it succeeds, the engine counts as not bound.
-        self._bound = False
         with self._device.use():
             self.drop_graph()
             self._free_buffers()

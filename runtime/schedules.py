@@ -98,8 +98,10 @@ class Plan:
         if not 0 <= strength <= 1:
             raise UsageError(f"strength must be between 0 and 1, found {strength}")
         kept, count = min(int(self.steps * strength), self.steps), len(self.timesteps)
+        if kept == 0:
+            return count
         if not self._compvis:
-            return min((self.steps - kept) * self.order, count)
+            return (self.steps - kept) * self.order
         if self.config["_class_name"] == "PNDMScheduler" and strength < 1:
             raise UsageError("CompVis's PLMS cannot start midway", "use the ddim sampler, or strength 1")
         return 0 if strength == 1 else count - kept

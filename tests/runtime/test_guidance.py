@@ -1,0 +1,86 @@
+"""Guidance: the combinations, rescaling, the interval and the embedding of the scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentedge.runtime import guidance
+from latentedge.runtime.errors import UsageError
+
+DRAWS = np.random.default_rng(2).standard_normal((3, 2, 4, 5, 5)).astype(np.float32)
+
+
+@given(scale=st.floats(-2, 20))
+def test_classifier_free_guidance_extrapolates_from_the_unconditional(scale: float) -> None:
+    found = guidance.classifier_free(scale)([DRAWS[0], DRAWS[1]])
+    expected = (1 - scale) * DRAWS[0].astype(np.float64) + scale * DRAWS[1].astype(np.float64)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert found.dtype == np.float32
+
+
+def test_a_scale_of_one_is_the_conditional() -> None:
+    np.testing.assert_allclose(guidance.classifier_free(1.0)([DRAWS[0], DRAWS[1]]), DRAWS[1], atol=1e-6)
+    np.testing.assert_array_equal(guidance.only([DRAWS[1]]), DRAWS[1])
+
+
+def test_full_rescale_gives_each_picture_the_conditionals_deviation() -> None:
+    plain = guidance.classifier_free(7.5)([DRAWS[0], DRAWS[1]])
+    found = guidance.classifier_free(7.5, 1.0)([DRAWS[0], DRAWS[1]])
+    for i in range(2):
+        assert np.std(found[i], ddof=1) == pytest.approx(np.std(DRAWS[1][i], ddof=1), rel=1e-5)
+        assert np.std(plain[i], ddof=1) > 3 * np.std(found[i], ddof=1)
+    half = guidance.classifier_free(7.5, 0.5)([DRAWS[0], DRAWS[1]])
+    np.testing.assert_allclose(half, (plain + found) / 2, atol=1e-5)
+
+
+def test_rescale_agrees_with_diffusers() -> None:
+    torch = pytest.importorskip("torch")
+    pipelines = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    guided, conditional = torch.from_numpy(DRAWS[0] * 4), torch.from_numpy(DRAWS[1])
+    expected = pipelines.rescale_noise_cfg(guided, conditional, guidance_rescale=0.7).numpy()
+    np.testing.assert_allclose(guidance.rescaled(DRAWS[0] * 4, DRAWS[1], 0.7), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_text_and_image_guidance_weighs_both_differences() -> None:
+    both, image, neither = DRAWS
+    np.testing.assert_allclose(guidance.text_and_image(1.0, 1.0)([both, image, neither]), both, atol=1e-5)
+    np.testing.assert_allclose(guidance.text_and_image(0.0, 1.0)([both, image, neither]), image, atol=1e-5)
+    np.testing.assert_allclose(
+        guidance.text_and_image(7.5, 1.5)([both, image, neither]),
+        neither + 7.5 * (both - image) + 1.5 * (image - neither),
+        atol=1e-4,
+    )
+
+
+def test_the_interval_is_closed_and_none_is_everywhere() -> None:
+    assert guidance.within(3.0, None)
+    assert [guidance.within(sigma, (0.3, 5.0)) for sigma in (0.29, 0.3, 5.0, 5.1)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("width", [32, 256, 33])
+def test_the_embedding_is_sines_then_cosines_of_the_scaled_weight(width: int) -> None:
+    found = guidance.guidance_embedding(7.5, width)
+    assert found.shape == (1, width)
+    assert found.dtype == np.float32
+    half = width // 2
+    angles = 7500.0 * np.exp(-np.log(10000.0) * np.arange(half) / (half - 1))
+    # a float32 angle of thousands of radians is known to about 5e-4
+    np.testing.assert_allclose(found[0, :half], np.sin(angles), atol=1e-3)
+    np.testing.assert_allclose(found[0, half : 2 * half], np.cos(angles), atol=1e-3)
+    assert (found[0, 2 * half :] == 0).all()
+
+
+def test_the_embedding_agrees_with_diffusers() -> None:
+    torch = pytest.importorskip("torch")
+    module = pytest.importorskip("diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img")
+    method = module.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    expected = method(None, torch.tensor([7.0]), embedding_dim=256).numpy()
+    np.testing.assert_allclose(guidance.guidance_embedding(7.0, 256), expected, atol=1e-3)
+
+
+def test_a_rescale_out_of_range_is_refused() -> None:
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        guidance.classifier_free(5.0, 1.5)

@@ -1,0 +1,164 @@
+"""``make bench-peers``: this project and each peer in turns, on the same weights, size, steps and threads.
+
+One peer at a time runs beside this project's own process; in each round both compute the same once, and what counts is
+the ratio within rounds. A peer that cannot be installed or fails is reported in its own words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import venv
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentedge.benchmarks.processes import MeasuredProcess, python_in
+from latentedge.benchmarks.statistics import Times, compare_rounds
+from latentedge.benchmarks.worker import PROMPT
+from latentedge.runtime.errors import EngineError
+from latentedge.runtime.machine import machine, usable_cores
+
+HERE = Path(__file__).parent
+
+#: Seconds of this project and of a peer, by round.
+Pair = tuple[list[float], list[float]]
+
+#: Side of a picture in pixels, and pixels of a latent's side for the downscaling of the workload's decoder.
+SIDES = {"sd15": (256, 8), "default": (64, 4)}
+
+
+def environment_of(name: str, pins: list[str], root: Path) -> str:
+    """The interpreter that has ``pins``: this one where it fits, else a virtual environment that is made on first use."""
+    if all(_fits(pin) for pin in pins):
+        return sys.executable
+    folder = root / name
+    if not (folder / "complete").is_file():
+        venv.create(folder, with_pip=True, clear=True)
+        command = [python_in(folder), "-m", "pip", "install", "--quiet", *pins]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise EngineError(f"pip could not install {', '.join(pins)}: {done.stderr.strip().splitlines()[-1]}")
+        (folder / "complete").touch()
+    return python_in(folder)
+
+
+def _fits(pin: str) -> bool:
+    name, _, wanted = pin.partition("==")
+    try:
+        return version(name.partition("[")[0]).partition("+")[0] == wanted
+    except PackageNotFoundError:
+        return False
+
+
+@click.command()
+@click.argument("workload", type=click.Choice(list(SIDES)))
+@click.option("--folder", required=True, type=click.Path(path_type=Path, exists=True), help="Its diffusers folder.")
+@click.option("--bundle", required=True, type=click.Path(path_type=Path, exists=True), help="Its bundle.")
+@click.option("--environments", type=click.Path(path_type=Path), default=Path("build/peers"), show_default=True)
+@click.option("--own", default="openvino:bf16", show_default=True, help="This project's setting, backend:precision.")
+@click.option("--only", default="", help="Peers whose name holds this.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each.  [default: physical cores]")
+@click.option("--steps", default=4, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--pictures", default=1, show_default=True, help="Rounds in which whole pictures are drawn too.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON file.")
+def main(workload: str, output: Path, only: str, **options: Any) -> None:
+    """Measure this project beside each peer on WORKLOAD."""
+    table = json.loads((HERE / "peers.json").read_text(encoding="utf-8"))
+    threads = options["threads"] or usable_cores()
+    rows = []
+    for peer in table["peers"]:
+        if only in peer["name"]:
+            click.echo(peer["name"], err=True)
+            try:
+                python = environment_of(
+                    peer["environment"], table["environments"][peer["environment"]], options["environments"]
+                )
+                rows.append({"peer": peer["name"], **_measure(peer, python, workload, threads, options)})
+            except EngineError as error:
+                rows.append({"peer": peer["name"], "failed": error.message})
+            click.echo(summary(rows[-1], options["own"]), err=True)
+    result = {"workload": workload, "machine": machine(), "threads": threads, "own": options["own"], "steps": options["steps"],
+              "pins": table["environments"], "rows": rows}  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(row: dict[str, Any], own: str) -> str:
+    """One line about a peer."""
+    if "failed" in row:
+        return f"  failed: {row['failed']}"
+    parts = []
+    for what in ("step", "processor", "picture"):
+        if what in row:
+            ratio = row[what]["ratio"]
+            interval = f"{ratio['low']:.2f}-{ratio['high']:.2f}"
+            parts.append(f"{what} {row[what]['own']['p50']:.3f} s against {row[what]['peer']['p50']:.3f} s, "
+                         f"{ratio['ratio']:.2f} times as fast ({interval})")  # fmt: skip
+    return f"  {own}: " + "; ".join(parts)
+
+
+def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
+    side, downscale = SIDES[workload]
+    backend, precision = options["own"].split(":")
+    request = {"steps": options["steps"], "height": side, "width": side, "guidance_scale": 7.5}
+    message = {
+        "folder": str(options["folder"].absolute()),
+        "threads": threads,
+        "steps": options["steps"],
+        "side": side,
+        "prompt": PROMPT,
+        **peer["settings"],
+    }
+    if peer["environment"] == "onnxruntime":
+        message |= {"bundle": str(options["bundle"]), "side": side // downscale}
+    if peer["environment"] in ("optimum", "openvino-genai"):
+        message["cache"] = str((options["environments"] / f"{peer['environment']}-{workload}").absolute())
+    with (
+        MeasuredProcess("latentedge") as own,
+        MeasuredProcess(peer["name"], (python, str(HERE / peer["worker"]))) as other,
+    ):
+        loaded = own.ask("load", bundle=str(options["bundle"]), backend=backend, precision=precision,
+                         request=request, options={"threads": threads})  # fmt: skip
+        theirs = other.ask("load", **message)
+        steps: Pair = ([], [])
+        processor: Pair = ([], [])
+        pictures: Pair = ([], [])
+        for index in range(options["rounds"]):
+            _step_round(own, other, steps, processor)
+            if index < options["pictures"] and peer["environment"] != "onnxruntime":
+                pictures[0].append(own.ask("picture")["seconds"])
+                pictures[1].append(other.ask("picture")["seconds"])
+        found = {
+            "first_picture_seconds": [loaded["first_picture_seconds"], theirs["first_picture_seconds"]],
+            "memory": [own.ask("memory"), other.ask("memory")],
+        }
+        measured = {"step": steps, "processor": processor, "picture": pictures}
+        return found | {name: _result(*pair) for name, pair in measured.items() if pair[1]}
+
+
+def _step_round(own: MeasuredProcess, other: MeasuredProcess, steps: Pair, processor: Pair) -> None:
+    """One guided step of each, the second of two, so that what the other one left in the caches does not count."""
+    answers = own.ask("component", name="unet", runs=2), other.ask("step", runs=2)
+    for index, answer in enumerate(answers):
+        steps[index].append(answer["seconds"][-1])
+        if "processor_seconds" in answers[1]:
+            processor[index].append(answer["processor_seconds"][-1])
+
+
+def _result(own: list[float], other: list[float]) -> dict[str, Any]:
+    return {
+        "own": dataclasses.asdict(Times.of(own)),
+        "peer": dataclasses.asdict(Times.of(other)),
+        "ratio": dataclasses.asdict(compare_rounds(other, own)),
+        "samples": {"own": own, "peer": other},
+    }
+
+
+if __name__ == "__main__":
+    main()

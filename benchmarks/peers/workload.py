@@ -1,0 +1,90 @@
+"""A diffusers folder with random weights, for every peer to run: ``python workload.py sd15|default FOLDER``.
+
+``sd15`` is the architecture of Stable Diffusion 1.5 with its sizes; ``default`` has the sizes of the embedded default
+model. Random weights cost the same time as trained ones. Needs the diffusers environment.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+#: Arguments of each network, the picture's side, and the length of a prompt.
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        "vae": {
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "sample_size": 512,
+        },
+        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    },
+    "default": {
+        "unet": {
+            "sample_size": 16,
+            "block_out_channels": (64, 128, 192),
+            "layers_per_block": 1,
+            "cross_attention_dim": 128,
+            "attention_head_dim": 4,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        },
+        "vae": {
+            "block_out_channels": (64, 64, 64),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "sample_size": 64,
+        },
+        "text": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
+    },
+}
+
+
+def write(name: str, folder: Path) -> None:
+    """Write the workload ``name`` as a diffusers pipeline."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes = WORKLOADS[name]
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(**sizes["vae"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **sizes["text"])),
+        tokenizer=_tokenizer(),
+        unet=UNet2DConditionModel(**sizes["unet"]),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _tokenizer() -> Any:
+    """A CLIP tokenizer that knows single characters only: what a prompt costs does not depend on its words."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocabulary.write_text(json.dumps({word: index for index, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\n")
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], Path(sys.argv[2]))

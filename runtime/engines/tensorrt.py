@@ -206,7 +206,7 @@ class TensorRTEngine(Engine):
         with self._device.use():
             self.drop_graph()
             self._free_buffers()
-            command = rebuild_command(self._bundle, self.backend, self.precision) + " with --batch and --size"
+            command = rebuild_command(self._bundle, self.backend, self.precision) + ", with --batch, --size or --low-memory"
             plan = choose_plan(self._plans, self.axes, command)
             if plan is not self._plan:
                 self._load(plan)
@@ -223,6 +223,8 @@ class TensorRTEngine(Engine):
         self._steps.clear()
         self._plan = None
         runtime: trt.Runtime = self._library.Runtime(self._log.logger)
+        # A version-compatible plan brings the lean runtime that it was built with.
+        runtime.engine_host_code_allowed = bool(plan.key.options.get("version_compatible"))
         allocation = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
         for file in plan.files:
             engine = self._deserialize(runtime, plan.folder / file.path, file.size)

@@ -165,6 +165,7 @@ def fake_tensorrt(cuda: FakeCuda, version: str = "10.3.0") -> types.SimpleNamesp
     library.DataType = enum.Enum("DataType", [*DTYPES, "BF16"])
     library.executed = []
     library.refitted = []
+    library.runtimes = []
 
     class Context:
         def __init__(self, program: dict[str, Any], logger: Any) -> None:
@@ -255,8 +256,11 @@ def fake_tensorrt(cuda: FakeCuda, version: str = "10.3.0") -> types.SimpleNamesp
             return Context(self.program, self.logger)
 
     class Runtime:
+        engine_host_code_allowed = False
+
         def __init__(self, logger: Any) -> None:
             self.logger = logger
+            library.runtimes.append(self)
 
         def deserialize_cuda_engine(self, content: Any) -> Engine | None:
             try:

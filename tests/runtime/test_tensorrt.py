@@ -280,6 +280,14 @@ def test_an_engine_is_loaded_only_if_all_of_its_key_holds(world: World, changes:
     assert f"latentedge build {world.bundle.path} --backend {world.backend}" in error.value.hint
 
 
+@pytest.mark.parametrize("compatible", [False, True])
+def test_only_a_version_compatible_plan_may_bring_code(world: World, compatible: bool):
+    world.plan(options={"version_compatible": compatible})
+    with world.open() as engine:
+        engine.run(inputs())
+    assert [runtime.engine_host_code_allowed for runtime in world.library.runtimes] == [compatible]
+
+
 def test_a_version_compatible_engine_runs_on_a_newer_library(world: World):
     world.plan(library_version="10.1.0", options={"version_compatible": True})
     with world.open() as engine:

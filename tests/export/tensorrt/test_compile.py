@@ -29,13 +29,17 @@ from latentedge.export.tensorrt.builder import CHECKED_CAPABILITIES, build
 from latentedge.runtime.bundle import Bundle
 from tests.export.sources import diffusers_models
 
-#: Stable Diffusion 1.5, SDXL, inpainting with nine channels, and an LDM with a codebook.
-FAMILIES = ("sd", "sdxl", "inpaint9", "ldm-uncond")
+DEFAULT_MODEL = Path(__file__).parents[3] / "examples/emoji"
+#: The default model, Stable Diffusion 1.5, SDXL, inpainting with nine channels, and an LDM with a codebook.
+FAMILIES = ("emoji", "sd", "sdxl", "inpaint9", "ldm-uncond")
 
 
 def exported(family: str, folder: Path) -> Bundle:
-    diffusers_models.save(family, folder / "source")
-    model = load_source(str(folder / "source"), SourceOptions())
+    source = DEFAULT_MODEL
+    if family != DEFAULT_MODEL.name:
+        source = folder / "source"
+        diffusers_models.save(family, source)
+    model = load_source(str(source), SourceOptions())
     return with_int8(export_source(model, folder / "tiny.bundle", ExportOptions(("fp32", "fp16"))))
 
 

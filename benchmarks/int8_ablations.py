@@ -1,6 +1,6 @@
 """What each part of the calibration is worth: the same model and pictures with one part changed at a time.
 
-    python -m latentedge.benchmarks.int8_ablations BUNDLE --samples 12 --steps 20 --pictures 8
+python -m latentedge.benchmarks.int8_ablations BUNDLE --samples 12 --steps 20 --pictures 8
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 
-from latentedge.benchmarks.int8_common import Judge, Row, Setting, captured, full_plan, print_rows, with_graph, write_plan
+from latentedge.benchmarks.int8_common import (
+    Judge,
+    Row,
+    Setting,
+    captured,
+    full_plan,
+    print_rows,
+    with_graph,
+    write_plan,
+)
 from latentedge.calibration import gate
 from latentedge.calibration.calibrate import Options, Reporter, fit_corrections
 from latentedge.calibration.gate import with_correction
@@ -88,7 +97,9 @@ def _corrected(judge: Judge, plan: Plan, evidence: Evidence, probes: list[Probe]
         trial = with_correction(trial, precision, records[precision])
         with (
             open_engine(trial, "unet", judge.target.backend, precision, judge.target.options) as engine,
-            Pipeline(trial, judge.target.backend, precision, judge.target.options, engines={"unet": engine}) as pipeline,
+            Pipeline(
+                trial, judge.target.backend, precision, judge.target.options, engines={"unet": engine}
+            ) as pipeline,
         ):
             drawn = draw(pipeline, judge.setting.held_out())
             sqnr_db = gate.mean_sqnr(probes, gate.outputs_of(engine, probes))

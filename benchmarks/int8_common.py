@@ -122,7 +122,9 @@ def captured(setting: Setting, folder: Path, single_step: float | None = None) -
     return capture(settings, folder)
 
 
-def full_plan(setting: Setting, statistics: dict[str, Any], probes: list[Probe], options: Options) -> tuple[Plan, Evidence]:
+def full_plan(
+    setting: Setting, statistics: dict[str, Any], probes: list[Probe], options: Options
+) -> tuple[Plan, Evidence]:
     """Everything that the rules allow in INT8, without sensitivity."""
     faults = [fault for name, entry in statistics.items() for fault in entry.faults(name)]
     result = search_ranges(setting.bundle, options, statistics, probes, faults, Reporter())

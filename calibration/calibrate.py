@@ -15,7 +15,7 @@ import numpy as np
 from latentedge.calibration import gate
 from latentedge.calibration.candidates import build, candidate, variant_of, with_variant, write_manifest
 from latentedge.calibration.capture import CaptureSettings, Mapper, capture, one_by_one, open_observed
-from latentedge.calibration.correct import fit_if_better
+from latentedge.calibration.correct import fit, fit_if_better
 from latentedge.calibration.graph import load_graph, name_nodes, save_graph
 from latentedge.calibration.latency import in_turns
 from latentedge.calibration.layers import check_model
@@ -280,9 +280,9 @@ def apply(
 
 
 def fit_corrections(
-    bundle: Bundle, plan: Plan, probes: list[Probe], target: Target, reporter: Reporter
+    bundle: Bundle, plan: Plan, probes: list[Probe], target: Target, reporter: Reporter, *, keep_all: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """A correction for each quantised precision that gains on outputs that it was not fitted to."""
+    """A correction for each quantised precision that gains on outputs that it was not fitted to (or for all)."""
     found: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         wanted = [name for name in gate.precisions_of(target.backend) if gate.is_quantised(name)]
@@ -291,6 +291,7 @@ def fit_corrections(
             outputs = gate.outputs_of(engine, probes)
             steps, references = [probe.timestep for probe in probes], [probe.output for probe in probes]
             record, gained = fit_if_better(steps, references, outputs)
+            record = fit(steps, references, outputs) if keep_all else record
             reporter.notify(
                 f"{precision}: output SQNR {gate.mean_sqnr(probes, outputs):.1f} dB; "
                 f"correction by timestep {gained:+.2f} dB on held-out outputs"

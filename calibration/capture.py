@@ -93,6 +93,10 @@ class ObservedEngine(Engine):
         self._sample, self.observe, self.keep, self.evaluations = sample, observe, keep, 0
         self.statistics, self.probes = {}, []
 
+    def axis_of(self, tensor: str) -> int:
+        """The features' axis of an observed activation."""
+        return self._taps[tensor]
+
     def fetch(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Every activation for the given inputs, by tensor name."""
         names = [name for name in self._taps if name not in inputs]

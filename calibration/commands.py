@@ -59,7 +59,9 @@ def reporting() -> Iterator[Reporter]:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="A file with one prompt a line; every other one is held out.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A file with one prompt a line; every other one is held out."
+)
 @click.option("--samples", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures to observe.")
 @click.option("--steps", type=click.IntRange(min=1), help="Sampler steps; default: the bundle's.")
 @click.option("--floor", default="30dB", show_default=True, help="Lowest mean PSNR of pictures against fp32.")

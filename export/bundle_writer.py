@@ -71,9 +71,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any] | list[Any]) -> None:
-    """Write JSON that any reader takes: NaN and infinity are refused."""
+    """Write JSON that any reader takes: NaN and infinity are refused. An older file is replaced at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_tokenizer(folder: Path, name: str, source: TokenizerSource) -> TokenizerFile:

@@ -51,14 +51,21 @@ class Worker:
         precision: str,
         request: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
+        only: dict[str, dict[str, int]] | None = None,
     ) -> dict[str, Any]:
-        """Open the bundle and draw the first picture, which opens every engine."""
+        """Open the bundle and draw the first picture, which opens every engine.
+
+        With ``only``, axis lengths by component, these components are opened and no picture is drawn.
+        """
         start = time.perf_counter()
         self._pipe = Pipeline.open(bundle, backend, precision, options=EngineOptions(**(options or {})))
         self._request = {**default_request(self._pipe.bundle), **(request or {})}
         opened = time.perf_counter() - start
-        self._draw(self._pipe)
         pipe = self._pipe
+        for name, axes in (only or {}).items():
+            pipe.engine(name).bind(**axes)
+        if only is None:
+            self._draw(pipe)
         return {
             "backend": pipe.backend,
             "precision": pipe.precision,

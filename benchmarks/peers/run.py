@@ -65,7 +65,9 @@ def _fits(pin: str) -> bool:
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each.  [default: physical cores]")
 @click.option("--steps", default=4, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--pictures", default=1, show_default=True, help="Rounds in which whole pictures are drawn too.")
+@click.option(
+    "--pictures", default=1, show_default=True, help="Rounds in which whole pictures are drawn; 0: steps only."
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON file.")
 def main(workload: str, output: Path, only: str, **options: Any) -> None:
     """Measure this project beside each peer on WORKLOAD."""
@@ -123,8 +125,10 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
         MeasuredProcess("latentedge") as own,
         MeasuredProcess(peer["name"], (python, str(HERE / peer["worker"]))) as other,
     ):
-        loaded = own.ask("load", bundle=str(options["bundle"]), backend=backend, precision=precision,
-                         request=request, options={"threads": threads})  # fmt: skip
+        axes = {"batch": 2, "latent_height": side // downscale, "latent_width": side // downscale}
+        loaded = own.ask("load", bundle=str(options["bundle"]), backend=backend, precision=precision, request=request,
+                         options={"threads": threads}, only=None if options["pictures"] else {"unet": axes})  # fmt: skip
+        message["pictures"] = bool(options["pictures"])
         theirs = other.ask("load", **message)
         steps: Pair = ([], [])
         processor: Pair = ([], [])

@@ -11,7 +11,9 @@ from protocol import serve
 class StableDiffusionCppWorker:
     """``kind``: the type that weights are converted to when they are loaded, such as "f16" or "q8_0"."""
 
-    def load(self, folder: str, kind: str, threads: int, steps: int, side: int, prompt: str) -> dict[str, Any]:
+    def load(
+        self, folder: str, kind: str, threads: int, steps: int, side: int, prompt: str, pictures: bool = True
+    ) -> dict[str, Any]:
         """Open the model and draw the first picture."""
         start = time.perf_counter()
         from stable_diffusion_cpp import StableDiffusion
@@ -19,7 +21,8 @@ class StableDiffusionCppWorker:
         self._steps: list[float] = []
         self._model = StableDiffusion(model_path=folder, wtype=kind, n_threads=threads, verbose=False)
         self._arguments = {"prompt": prompt, "sample_steps": steps, "height": side, "width": side, "cfg_scale": 7.5}
-        self.picture()
+        if pictures:
+            self.picture()
         return {"first_picture_seconds": time.perf_counter() - start}
 
     def picture(self) -> dict[str, Any]:

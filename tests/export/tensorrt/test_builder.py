@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -303,6 +305,23 @@ def test_without_a_gpu_a_build_for_this_machine_says_so(built: Bundle) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(EngineError, match="cudaDeviceGetAttribute failed"):
         build(request(built, compute_capabilities=()))
+
+
+def test_a_build_needs_neither_torch_nor_onnx_nor_rich(built: Bundle, tmp_path: Path) -> None:
+    blocked = ["torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "rich", "safetensors", "yaml"]
+    arguments = ["build", str(built.path), "--backend", "tensorrt-rtx", "--check", "--compute-capability", "8.9"]
+    script = (
+        "import sys, importlib.abc\n"
+        "class Block(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {blocked}: raise ModuleNotFoundError(name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from latentedge.runtime.cli import run\n"
+        f"sys.exit(run({arguments}, debug=False))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "unet" in result.stdout
 
 
 def test_every_known_capability_is_named_as_major_and_minor() -> None:

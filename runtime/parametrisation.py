@@ -53,7 +53,7 @@ def denoised_at(kind: str, sample: Array, output: Array, sigma: Any) -> Array:
         case "sample" | "original_sample":
             return output
         case "v_prediction":
-            variance = sigma**2 + F32(1)
+            variance = np.square(sigma) + F32(1)
             return np.asarray(output * (-sigma / np.sqrt(variance)) + sample / variance)
     raise _unknown(kind)
 
@@ -62,7 +62,7 @@ def scaled_input(plan: Plan, sample: Array, index: int) -> Array:
     """The sample as the model takes it at evaluation ``index``: divided by sqrt(sigma**2 + 1) in sigma space."""
     if plan.space != "sigma":
         return sample
-    return np.asarray(sample / np.sqrt(plan.input_sigmas[index] ** 2 + F32(1)))
+    return np.asarray(sample / np.sqrt(np.square(plan.input_sigmas[index]) + F32(1)))
 
 
 def limited(config: Config, denoised: Array, clip: bool = True) -> Array:

@@ -60,7 +60,7 @@ def alpha_sigma(sigma: Any, flow: bool = False) -> tuple[Any, Any]:
     """(alpha, sigma): the weights of signal and noise in a sample whose noise level is ``sigma``."""
     if flow:
         return F32(1) - sigma, sigma
-    alpha = F32(1) / np.sqrt(sigma**2 + F32(1))
+    alpha = F32(1) / np.sqrt(np.square(sigma) + F32(1))
     return alpha, sigma * alpha
 
 
@@ -201,7 +201,7 @@ def alphas_cumprod(config: Config, zero_snr_floor: float = 0.0) -> Array:
         return cumulative(values)
     root = np.sqrt(cumulative(values))
     shifted = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    bar = shifted**2
+    bar = np.square(shifted)
     result = cumulative(F32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]]))
     result[-1] = zero_snr_floor or result[-1]
     return result
@@ -361,7 +361,7 @@ def _sigma_steps(config: Config, steps: int, timestep_type: Any) -> tuple[Array,
 def _sigma_plan(config: Config, steps: int, timesteps: Array, sigmas: Array, acp: Array, **tables: Any) -> Plan:
     largest = sigmas.max()
     if config["timestep_spacing"] not in ("linspace", "trailing"):
-        largest = np.sqrt(F32(largest**2 + F32(1)))
+        largest = np.sqrt(F32(np.square(largest) + F32(1)))
     return Plan(config, steps, timesteps, sigmas, largest, "sigma", acp, tables)
 
 
@@ -415,9 +415,10 @@ def ancestral_split(sigma: Any, sigma_next: Any) -> tuple[Any, Any]:
     The variance of the DDPM posterior, written in sigma. Where the difference of squares vanishes in float32,
     sigma_down is its closed form, sigma_next**2 / sigma.
     """
-    up = np.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
-    squared = sigma_next**2 - up**2
-    return up, np.where(squared > 0, np.sqrt(np.maximum(squared, F32(0))), sigma_next**2 / sigma).astype(F32)[()]
+    here, there = np.square(sigma), np.square(sigma_next)
+    up = np.sqrt(there * (here - there) / here)
+    rest = there - np.square(up)
+    return up, np.where(rest > 0, np.sqrt(np.maximum(rest, F32(0))), there / sigma).astype(F32)[()]
 
 
 def midpoint_sde(config: Config, steps: int) -> Plan:

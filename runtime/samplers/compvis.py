@@ -81,7 +81,7 @@ def _step(call: Call, sample: Array, noise: Array, here: int, there: int) -> tup
     a, a_previous = call.alpha(here), call.plan.alphas_cumprod[max(there, 0)]
     denoised = (sample - np.sqrt(F32(1) - a) * noise) / np.sqrt(a)
     sigma = F32(call.eta * np.sqrt((1 - float(a_previous)) / (1 - float(a)) * (1 - float(a) / float(a_previous))))
-    latents = np.sqrt(a_previous) * denoised + np.sqrt(F32(1) - a_previous - sigma**2) * noise
+    latents = np.sqrt(a_previous) * denoised + np.sqrt(F32(1) - a_previous - np.square(sigma)) * noise
     return (latents + sigma * call.draw() if call.eta > 0 else latents), denoised
 
 
@@ -130,7 +130,7 @@ def dpm_solver_plan(config: Config, steps: int) -> Plan:
     log_alpha = np.interp(times, linspace(0.0, 1.0, total + 1)[1:], logs).astype(F32)
     alpha, sigma = exp32(log_alpha), np.sqrt(F32(1) - exp32(F32(2) * log_alpha))
     listed = (times[:-1] - F32(1 / total)) * F32(1000)
-    points = [Point(a, s, m - F32(0.5) * log32(s**2)) for a, s, m in zip(alpha, sigma, log_alpha, strict=True)]
+    points = [Point(a, s, m - F32(0.5) * log32(np.square(s))) for a, s, m in zip(alpha, sigma, log_alpha, strict=True)]
     return Plan(config, steps, listed, sigma / alpha, 1.0, "solver", acp, {"points": points})
 
 

@@ -19,7 +19,7 @@ def _antiderivative_2(t: Any, b: Any, c: Any) -> Any:
 def _antiderivative_3(t: Any, b: Any, c: Any, d: Any) -> Any:
     """The integral up to ``t`` of the polynomial in log rho that is 1 at ``b`` and 0 at ``c`` and ``d``."""
     log_t, log_b, log_c, log_d = np.log(t), np.log(b), np.log(c), np.log(d)
-    inner = log_c * (log_d - log_t + F32(1)) - log_d * log_t + log_d + log_t**2 - F32(2) * log_t + F32(2)
+    inner = log_c * (log_d - log_t + F32(1)) - log_d * log_t + log_d + np.square(log_t) - F32(2) * log_t + F32(2)
     return t * inner / ((log_b - log_c) * (log_b - log_d))
 
 

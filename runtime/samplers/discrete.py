@@ -26,7 +26,7 @@ def ddim(call: Call) -> Update:
         noise = noise_of("sample", call.latents, denoised, alpha, sigma)
     variance = (F32(1) - a_previous) / (F32(1) - a) * (F32(1) - a / a_previous)
     std = F32(call.eta) * np.sqrt(np.maximum(variance, F32(0)))
-    direction = np.sqrt(np.maximum(F32(1) - a_previous - std**2, F32(0))) * noise
+    direction = np.sqrt(np.maximum(F32(1) - a_previous - np.square(std), F32(0))) * noise
     latents = np.sqrt(a_previous) * denoised + direction
     if call.eta > 0:
         latents = latents + std * call.draw()
@@ -69,7 +69,7 @@ def lcm(call: Call) -> Update:
     x0 = denoised_of(call.kind, call.latents, call.output, np.sqrt(a), np.sqrt(F32(1) - a))
     x0 = limited(call.config, x0)
     scaled = F32(call.timestep) * F32(call.config["timestep_scaling"])
-    skip, out = F32(0.25) / (scaled**2 + F32(0.25)), scaled / np.sqrt(scaled**2 + F32(0.25))
+    skip, out = F32(0.25) / (np.square(scaled) + F32(0.25)), scaled / np.sqrt(np.square(scaled) + F32(0.25))
     denoised = out * x0 + skip * call.latents
     if call.last:
         return call.done(denoised, denoised)

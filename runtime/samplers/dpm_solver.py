@@ -56,18 +56,18 @@ def exponential_step(
     with np.errstate(over="ignore", invalid="ignore"):
         if kind == "dpmsolver++":
             growth, decay = end.alpha, exp32(-h) - one
-            first, second = decay / h + one, (decay + h) / h**2 - F32(0.5)
+            first, second = decay / h + one, (decay + h) / np.square(h) - F32(0.5)
             latents = end.sigma / start.sigma * sample - growth * decay * slopes[0]
             terms = (-F32(0.5) * (growth * decay), growth * first, -growth * second)
         elif kind == "sde-dpmsolver++":
             growth, decay = end.alpha, one - exp32(-two * h)
-            first, second = decay / (-two * h) + one, (decay - two * h) / (two * h) ** 2 - F32(0.5)
+            first, second = decay / (-two * h) + one, (decay - two * h) / np.square(two * h) - F32(0.5)
             latents = end.sigma / start.sigma * exp32(-h) * sample + growth * decay * slopes[0]
             terms = (F32(0.5) * (growth * decay), growth * first, growth * second)
             noise_scale = end.sigma * np.sqrt(one - exp32(-two * h))
         else:
             growth, decay, double = end.sigma, exp32(h) - one, two if kind == "sde-dpmsolver" else one
-            first, second = decay / h - one, (decay - h) / h**2 - F32(0.5)
+            first, second = decay / h - one, (decay - h) / np.square(h) - F32(0.5)
             latents = end.alpha / start.alpha * sample - double * (growth * decay) * slopes[0]
             terms = (-double * F32(0.5) * (growth * decay), -double * (growth * first), -growth * second)
             noise_scale = growth * np.sqrt(exp32(two * h) - one) if noise is not None else one

@@ -21,7 +21,7 @@ def _churned(call: Call) -> tuple[Array, Any]:
         return call.latents, sigma
     sigma_hat = sigma * F32(gamma + 1)
     noise = call.draw() * F32(options.get("s_noise", 1.0))
-    return call.latents + noise * np.sqrt(sigma_hat**2 - sigma**2), sigma_hat
+    return call.latents + noise * np.sqrt(np.square(sigma_hat) - np.square(sigma)), sigma_hat
 
 
 def euler(call: Call) -> Update:
@@ -138,7 +138,7 @@ def dpmpp_sde(call: Call) -> Update:
     t_target = -log32(middle) if start is None else -log32(sigma_next)
     sigma_from, sigma_to = exp32(-t), exp32(-t_target)
     up = min(sigma_to, ancestral_split(sigma_from, sigma_to)[0])
-    t_down = -log32(np.sqrt(sigma_to**2 - up**2))
+    t_down = -log32(np.sqrt(np.square(sigma_to) - np.square(up)))
     base = call.latents if start is None else start
     decay = F32(np.expm1(np.float64(t - t_down)))
     latents = exp32(-t_down) / sigma_from * base - decay * denoised

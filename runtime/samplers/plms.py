@@ -71,7 +71,7 @@ def ipndm_plan(config: Config, steps: int) -> Plan:
     given: Any = config.get("trained_betas")
     angles = (ramp * F32(math.pi) / F32(2)).astype(np.float64)
     weights = np.sin(angles).astype(F32) ** 2 if given is None else np.asarray(given, F32)
-    alphas = np.sqrt(F32(1) - weights**2)
+    alphas = np.sqrt(F32(1) - np.square(weights))
     times = np.arctan2(weights.astype(np.float64), alphas.astype(np.float64)).astype(F32)
     timesteps = (times / F32(math.pi) * F32(2))[:-1]
     sigmas = weights / np.maximum(alphas, F32(1e-8))

@@ -34,7 +34,10 @@ def read_prompts(path: Path) -> list[str]:
 
 def captions(bundle: Bundle, *, held_out: bool) -> list[str]:
     """The bundle's own captions, or general ones; calibration and held-out captions are disjoint."""
-    own = bundle.manifest.calibration.get("prompts")
+    recorded = bundle.manifest.calibration
+    own, apart = recorded.get("prompts"), recorded.get("held_out_prompts")
+    if own and apart:
+        return [str(text) for text in (apart if held_out else own)]
     prompts = [str(text) for text in own] if own else json.loads(CAPTIONS.read_text(encoding="utf-8"))
     return list(prompts[1::2] if held_out else prompts[0::2])
 

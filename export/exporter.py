@@ -222,6 +222,7 @@ def _write_bundle(
         defaults=model.defaults,
         components=components,
         tokenizers=tokenizers,
+        calibration=dict(model.captions),
     )
     bundle_writer.write_manifest(folder, manifest)
 

@@ -64,6 +64,8 @@ class SourceModel:
     tokenizers: dict[str, TokenizerSource] = field(default_factory=dict)
     #: diffusers' model_index.json, so that other tools open the bundle too.
     model_index: dict[str, object] = field(default_factory=dict)
+    #: Captions that came with the checkpoint: "prompts" for calibration, "held_out_prompts" for judging it.
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: What the user should know: defaults that were assumed, a tokenizer that is missing.
     messages: tuple[str, ...] = ()
 

@@ -38,6 +38,8 @@ SCRIPT_DEFAULTS: dict[str, tuple[int, float, float]] = {
 }
 #: The same for class models that may know no "no class" (the README's row for ImageNet).
 UNGUIDED_CLASSES = (200, 1.0, 1.0)
+#: Files of captions by what the manifest calls them.
+CAPTION_FILES = {"prompts": "calibration.txt", "held_out_prompts": "heldout.txt"}
 #: Guidance of Stable Diffusion's txt2img.py.
 CLIP_GUIDANCE = 7.5
 
@@ -45,7 +47,18 @@ CLIP_GUIDANCE = 7.5
 def model_from_files(checkpoint: Path, config: Path, options: SourceOptions) -> SourceModel:
     """The model of a checkpoint file and a YAML file."""
     opened = open_checkpoint(checkpoint)
-    return model_from(opened, read_config(config), options, clip_text_config(checkpoint.parent))
+    model = model_from(opened, read_config(config), options, clip_text_config(checkpoint.parent))
+    return dataclasses.replace(model, captions=captions_beside(checkpoint.parent))
+
+
+def captions_beside(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The captions in ``prompts/`` beside a checkpoint, one a line, where there are any."""
+    found = {}
+    for name, file in CAPTION_FILES.items():
+        path = folder / "prompts" / file
+        if path.is_file():
+            found[name] = tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return found
 
 
 def clip_text_config(folder: Path) -> ClipTextConfig | None:

@@ -47,6 +47,11 @@ class Draws:
         self._recorded = recorded
         self._taken = 0
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the draws are replayed; a sampler then uses them as they are."""
+        return self._recorded is not None
+
     def normal(self, shape: tuple[int, ...]) -> Array:
         """The next draw, float32 of ``shape``; :class:`UsageError` when the recorded ones are used up or do not fit."""
         if self._recorded is None:
@@ -309,7 +314,7 @@ class Pipeline:
             run.sampler,
             run.steps,
             eta=run.eta,
-            noise=run.draws.normal,
+            noise=run.draws,
             begin=begin,
             start=run.request.start,
         )

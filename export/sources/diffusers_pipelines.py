@@ -1,6 +1,6 @@
 """What each pipeline class of diffusers is: its task, its parts, its conditioning and its defaults.
 
-What the runtime does with the conditioning (order of the branches, scaling, draws) is described in ``docs/bundle.md``.
+What the runtime does with the conditioning (order of the branches, scaling, draws) is described in ``docs/diffusers.md``.
 """
 
 from __future__ import annotations

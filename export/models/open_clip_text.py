@@ -79,14 +79,18 @@ class OpenClipText(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
-    def forward(self, input_ids: Tensor, skipped: int) -> Tensor:
-        """[batch, tokens] to [batch, tokens, width]: without the last ``skipped`` layers, after the final norm."""
+    def hidden_states(self, input_ids: Tensor) -> list[Tensor]:
+        """Embeddings, then the output of each block, all before the final norm; each [batch, tokens, width]."""
         tokens = input_ids.shape[1]
         mask = causal_mask(tokens, input_ids.device)
-        hidden = self.token_embedding(input_ids) + self.positional_embedding[:tokens]
-        for block in list(self.transformer.resblocks)[: len(self.transformer.resblocks) - skipped]:
-            hidden = block(hidden, mask)
-        result: Tensor = self.ln_final(hidden)
+        states = [self.token_embedding(input_ids) + self.positional_embedding[:tokens]]
+        for block in self.transformer.resblocks:
+            states.append(block(states[-1], mask))
+        return states
+
+    def forward(self, input_ids: Tensor, skipped: int) -> Tensor:
+        """[batch, tokens] to [batch, tokens, width]: without the last ``skipped`` blocks, after the final norm."""
+        result: Tensor = self.ln_final(self.hidden_states(input_ids)[-1 - skipped])
         return result
 
 

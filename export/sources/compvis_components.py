@@ -121,7 +121,7 @@ def latent_axes(height: int, width: int, multiple: int, batch: int) -> dict[str,
     }
 
 
-def _traced(axes: Mapping[str, Axis], **others: int) -> tuple[dict[str, int], tuple[dict[str, int], ...]]:
+def compared_axes(axes: Mapping[str, Axis], **others: int) -> tuple[dict[str, int], tuple[dict[str, int], ...]]:
     """Axis lengths to trace with, and others to compare on: oblong, other batches, and the model's own size."""
     unit = axes["latent_height"].multiple
     small = max(unit, 4)
@@ -158,7 +158,7 @@ def unet_component(
             axes[tokens] = Axis(1, 1, LARGEST_ROW)
             others[tokens] = 3
     outputs = (TensorSpec("out_sample", "float32", ("batch", skeleton.out_channels, *LATENT_SHAPE)),)
-    trace, compare = _traced(axes, **others)
+    trace, compare = compared_axes(axes, **others)
     spec = Component("unet", tuple(inputs), outputs, axes)
     return ComponentSource(spec, network.load, normal_inputs(spec.inputs, timesteps), trace, compare)
 
@@ -174,7 +174,7 @@ def first_stage_components(
 ) -> tuple[ComponentSource, ComponentSource]:
     """Encoder and decoder of a first stage; ``size`` is the latent's."""
     axes = latent_axes(*size, 1, 1)
-    trace, compare = _traced(axes)
+    trace, compare = compared_axes(axes)
     picture_shape: tuple[Dimension, ...] = (
         "batch",
         picture_channels,
@@ -230,7 +230,7 @@ def rescaler_component(
 ) -> ComponentSource:
     """A semantic map's rescaler; ``factor`` is the ratio of map to latent side."""
     axes = latent_axes(*size, 1, 1)
-    trace, compare = _traced(axes)
+    trace, compare = compared_axes(axes)
     one_hot = TensorSpec("segmentation", "float32", ("batch", labels, *(f"{factor}*{side}" for side in LATENT_SHAPE)))
     condition = TensorSpec("latent_condition", "float32", ("batch", channels, *LATENT_SHAPE))
     spec = Component("cond_encoder", (one_hot,), (condition,), axes)

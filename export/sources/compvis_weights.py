@@ -98,9 +98,11 @@ def networks_of(config: ModelConfig, checkpoint: Checkpoint, clip_text: object |
 
 
 def _network(config: NetworkConfig, prefix: str, checkpoint: Checkpoint) -> Network:
-    def build() -> nn.Module:
-        return build_network(config.target, config.params)
+    return network_of(lambda: build_network(config.target, config.params), prefix, checkpoint)
 
+
+def network_of(build: Callable[[], nn.Module], prefix: str, checkpoint: Checkpoint) -> Network:
+    """The network that ``build`` makes, with the names that its tensors have in the checkpoint under ``prefix``."""
     with torch.device("meta"):
         state = build().state_dict()
     names = {name: _stored_name(f"{prefix}{name}", checkpoint) for name in state}
@@ -113,6 +115,11 @@ def _network(config: NetworkConfig, prefix: str, checkpoint: Checkpoint) -> Netw
     )
 
 
+def ignored(name: str) -> bool:
+    """Whether a checkpoint's tensor belongs to training or is a table that is computed here."""
+    return name in BUFFERS or name.startswith(IGNORED_PREFIXES) or name.endswith("position_ids")
+
+
 def _stored_name(name: str, checkpoint: Checkpoint) -> str:
     # transformers 5 writes CLIP's text model without the level "text_model".
     shorter = name.replace("transformer.text_model.", "transformer.", 1)
@@ -123,11 +130,7 @@ def _check(networks: Iterable[Network], checkpoint: Checkpoint, config: ModelCon
     expected: dict[str, Shape] = {}
     for network in networks:
         expected |= network.shapes
-    found = {
-        name: shape
-        for name, shape in checkpoint.shapes.items()
-        if name not in BUFFERS and not name.startswith(IGNORED_PREFIXES) and not name.endswith("position_ids")
-    }
+    found = {name: shape for name, shape in checkpoint.shapes.items() if not ignored(name)}
     if config.diffusion is not None and config.diffusion.cond_stage_config == FIRST_STAGE:
         # The first stage is registered a second time as its own condition.
         copies = {name for name in found if name.startswith(CONDITION)}

@@ -31,6 +31,7 @@ VERSIONS: dict[str, dict[str, Any]] = {
         "side": {"epsilon": 64, "v_prediction": 96},
     },
 }
+XL_KEY = "conditioner.embedders.1.model."
 DIFFUSION = {
     "linear_start": 0.00085,
     "linear_end": 0.012,
@@ -78,6 +79,10 @@ def load(path: Path | str, options: SourceOptions) -> SourceModel:
 
     place = Path(path)
     checkpoint = open_checkpoint(_checkpoints(place)[0] if place.is_dir() else place)
+    if any(name.startswith(XL_KEY) for name in checkpoint.shapes):
+        from latentedge.export.sources.single_file_xl import load_xl
+
+        return load_xl(checkpoint, options)
     version = version_of(checkpoint)
     config = config_of(checkpoint, version)
     model = model_from(checkpoint, config, options, clip_text_config(checkpoint.path.parent))

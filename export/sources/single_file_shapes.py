@@ -5,9 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from latentedge.export.models.clip_text import ClipTextConfig
 from latentedge.export.sources.checkpoint import Shape
+from latentedge.runtime.errors import LatentEdgeError
 
 Shapes = Mapping[str, Shape]
+
+#: Every published CLIP text transformer has heads of 64.
+CLIP_HEAD_WIDTH = 64
+#: Names of (token embedding, positions, inner layer, layers) in each library's layout.
+CLIP_NAMES = {
+    "clip": (
+        "embeddings.token_embedding.weight",
+        "embeddings.position_embedding.weight",
+        "encoder.layers.0.mlp.fc1.weight",
+        "encoder.layers.{}.",
+    ),
+    "open_clip": (
+        "token_embedding.weight",
+        "positional_embedding",
+        "transformer.resblocks.0.mlp.c_fc.weight",
+        "transformer.resblocks.{}.",
+    ),
+}
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -84,3 +104,26 @@ def first_stage_parameters(shapes: Shapes) -> dict[str, Any]:
             "dropout": 0.0,
         },
     }
+
+
+def clip_config(shapes: Shapes, layout: str) -> ClipTextConfig:
+    """The size of a CLIP text transformer in the "clip" (transformers) or "open_clip" layout."""
+    tokens, positions, inner, layers = CLIP_NAMES[layout]
+    absent = [name for name in (tokens, positions, inner) if name not in shapes]
+    if absent:
+        raise LatentEdgeError(f"the text encoder lacks {', '.join(absent)}.", hint="the checkpoint is incomplete.")
+    vocabulary, width = shapes[tokens]
+    if width % CLIP_HEAD_WIDTH:
+        raise LatentEdgeError(
+            f"the text encoder is {width} wide: its number of heads cannot be told, it is no CLIP of published size.",
+            hint="describe it in a clip_text_config.json beside the checkpoint.",
+        )
+    return ClipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes[inner][0],
+        num_hidden_layers=_count(shapes, layers),
+        num_attention_heads=width // CLIP_HEAD_WIDTH,
+        max_position_embeddings=shapes[positions][0],
+        hidden_act="quick_gelu" if layout == "clip" else "gelu",
+    )

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := export calibration runtime benchmarks
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test check lint types bench-peers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,13 @@ types: $(VENV)/dev-installed
 	cp $(VENV)/lib/python*/site-packages/tensorrt_bindings/__init__.pyi .types/tensorrt_bindings
 	sed -E $(STUB_REPAIRS) $(VENV)/lib/python*/site-packages/tensorrt_bindings/tensorrt.pyi > .types/tensorrt_bindings/tensorrt.pyi
 	$(BIN)/mypy $(foreach package,$(PACKAGES),-p latentedge.$(package))
+
+# Peers: each in an environment of its own under build/peers (downloads several GB on first use).
+bench-peers: $(VENV)/dev-installed
+	for workload in default sd15; do \
+		$(BIN)/python -m latentedge.benchmarks.peers.run $$workload -o build/peers/$$workload.json; \
+	done
+	$(BIN)/python -m latentedge.benchmarks.peers.results build/peers/default.json build/peers/sd15.json
 
 clean:
 	rm -rf .venv .types build dist *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from typing import Any
 
 from protocol import serve, timed
@@ -25,11 +26,12 @@ class DiffusersWorker:
         """Open the pipeline and draw the first picture."""
         start = time.perf_counter()
         import torch
-        from diffusers import StableDiffusionPipeline
+
+        diffusers: Any = import_module("diffusers")
 
         torch.set_num_threads(threads)
         self._torch = torch
-        self._pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+        self._pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
         self._pipe.set_progress_bar_config(disable=True)
         if compiled:
             self._pipe.unet = torch.compile(self._pipe.unet)
@@ -54,7 +56,7 @@ class DiffusersWorker:
     def step(self, runs: int) -> dict[str, Any]:
         """Seconds of guided denoiser steps: two samples at once."""
         with self._torch.no_grad():
-            return timed(lambda: self._pipe.unet(*self._inputs, return_dict=False), runs)
+            return dict(timed(lambda: self._pipe.unet(*self._inputs, return_dict=False), runs))
 
 
 if __name__ == "__main__":

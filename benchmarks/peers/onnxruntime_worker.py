@@ -35,7 +35,7 @@ class OnnxRuntimeWorker:
 
     def step(self, runs: int) -> dict[str, Any]:
         """Seconds of guided denoiser steps: two samples at once."""
-        return timed(lambda: self._session.run(None, self._inputs), runs)
+        return dict(timed(lambda: self._session.run(None, self._inputs), runs))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class OptimumWorker:
 
     def step(self, runs: int) -> dict[str, Any]:
         """Seconds of guided denoiser steps: two samples at once."""
-        return timed(lambda: self._pipe.unet(*self._inputs), runs)
+        return dict(timed(lambda: self._pipe.unet(*self._inputs), runs))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def _fits(pin: str) -> bool:
 
 @click.command()
 @click.argument("workload", type=click.Choice(list(SIDES)))
-@click.option("--folder", required=True, type=click.Path(path_type=Path, exists=True), help="Its diffusers folder.")
-@click.option("--bundle", required=True, type=click.Path(path_type=Path, exists=True), help="Its bundle.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Its diffusers folder.  [default: made]")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Its bundle.  [default: made]")
 @click.option("--environments", type=click.Path(path_type=Path), default=Path("build/peers"), show_default=True)
 @click.option("--own", default="openvino:bf16", show_default=True, help="This project's setting, backend:precision.")
 @click.option("--only", default="", help="Peers whose name holds this.")
@@ -73,6 +73,7 @@ def main(workload: str, output: Path, only: str, **options: Any) -> None:
     """Measure this project beside each peer on WORKLOAD."""
     table = json.loads((HERE / "peers.json").read_text(encoding="utf-8"))
     threads = options["threads"] or usable_cores()
+    make_workload(workload, options, table["environments"]["diffusers"])
     rows = []
     for peer in table["peers"]:
         if only in peer["name"]:
@@ -89,6 +90,19 @@ def main(workload: str, output: Path, only: str, **options: Any) -> None:
               "pins": table["environments"], "rows": rows}  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> None:
+    """The workload's diffusers folder and its bundle, made beside the environments where they are not given."""
+    root = options["environments"]
+    options["folder"] = options["folder"] or root / workload
+    options["bundle"] = options["bundle"] or root / f"{workload}.bundle"
+    if not (options["folder"] / "model_index.json").is_file():
+        python = environment_of("diffusers", pins, root)
+        subprocess.run([python, str(HERE / "workload.py"), workload, str(options["folder"])], check=True)
+    if not (options["bundle"] / "latentedge.json").is_file():
+        command = [str(Path(sys.executable).with_name("latentedge")), "export", str(options["folder"])]
+        subprocess.run([*command, "-o", str(options["bundle"])], check=True)
 
 
 def summary(row: dict[str, Any], own: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,19 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 def write(name: str, folder: Path) -> None:
     """Write the workload ``name`` as a diffusers pipeline."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    diffusers: Any = import_module("diffusers")
     torch.manual_seed(0)
     sizes = WORKLOADS[name]
-    scheduler = DDIMScheduler(
+    scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(**sizes["vae"]),
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(**sizes["vae"]),
         text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **sizes["text"])),
         tokenizer=_tokenizer(),
-        unet=UNet2DConditionModel(**sizes["unet"]),
+        unet=diffusers.UNet2DConditionModel(**sizes["unet"]),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -20,6 +20,8 @@ from latentedge.runtime.images import to_bytes
 #: Rows of the picture grid.
 MOST_ROWS = 12
 MARGIN, LABEL = 8, 16
+#: Pictures narrower than this are enlarged.
+SHOWN_WIDTH = 200
 #: The difference is drawn this many times as strong.
 AMPLIFIED = 8
 
@@ -48,6 +50,8 @@ def grid(comparison: Comparison) -> Image.Image:
     """Both pictures and their amplified difference, worst first."""
     shown = comparison.ranked()[:MOST_ROWS]
     height, width = comparison.first.pictures.shape[1:3]
+    factor = max(1, SHOWN_WIDTH // width)
+    height, width = height * factor, width * factor
     row = height + LABEL + MARGIN
     sheet = Image.new("RGB", (3 * (width + MARGIN) + MARGIN, MARGIN + LABEL + row * len(shown)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -58,7 +62,8 @@ def grid(comparison: Comparison) -> Image.Image:
         text = f"{entry.psnr_db:.1f} dB  {caption(comparison.requests[entry.index])}"
         pen.text((MARGIN, top), _fitting(text, 3 * width), fill="black")
         for column, picture in enumerate(_triple(comparison, entry.index)):
-            sheet.paste(Image.fromarray(picture), (MARGIN + column * (width + MARGIN), top + LABEL))
+            enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (MARGIN + column * (width + MARGIN), top + LABEL))
     return sheet
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.schedules import F32, Array, Config, Plan
+from latentedge.runtime.schedules import F32, Array, Config
 
 
 def _unknown(kind: str) -> UsageError:
@@ -56,13 +56,6 @@ def denoised_at(kind: str, sample: Array, output: Array, sigma: Any) -> Array:
             variance = np.square(sigma) + F32(1)
             return np.asarray(output * (-sigma / np.sqrt(variance)) + sample / variance)
     raise _unknown(kind)
-
-
-def scaled_input(plan: Plan, sample: Array, index: int) -> Array:
-    """The sample as the model takes it at evaluation ``index``: divided by sqrt(sigma**2 + 1) in sigma space."""
-    if plan.space != "sigma":
-        return sample
-    return np.asarray(sample / np.sqrt(np.square(plan.input_sigmas[index]) + F32(1)))
 
 
 def limited(config: Config, denoised: Array, clip: bool = True) -> Array:

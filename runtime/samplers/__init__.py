@@ -15,10 +15,10 @@ import numpy as np
 from latentedge.runtime import schedules
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 from latentedge.runtime.noise import NoiseStream
-from latentedge.runtime.parametrisation import scaled_input
-from latentedge.runtime.samplers import compvis, deis, discrete, dpm_solver, euler, plms, unipc
+from latentedge.runtime.samplers import compvis, deis, discrete, dpm_solver, euler, plans, plms, unipc
 from latentedge.runtime.samplers.base import Call, History, Update
-from latentedge.runtime.schedules import F32, Array, Plan
+from latentedge.runtime.samplers.plans import Plan
+from latentedge.runtime.schedules import F32, Array
 
 __all__ = ["SAMPLERS", "Plan", "Step", "names", "prepare", "sample"]
 
@@ -43,34 +43,34 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "DDIMScheduler": Sampler(schedules.discrete, discrete.ddim),
-    "DDPMScheduler": Sampler(schedules.discrete, discrete.ddpm, ignores=("set_alpha_to_one",)),
-    "PNDMScheduler": Sampler(schedules.pndm, plms.pndm, NO_SAMPLE, ("rescale_betas_zero_snr",)),
+    "DDIMScheduler": Sampler(plans.discrete, discrete.ddim),
+    "DDPMScheduler": Sampler(plans.discrete, discrete.ddpm, ignores=("set_alpha_to_one",)),
+    "PNDMScheduler": Sampler(plans.pndm, plms.pndm, NO_SAMPLE, ("rescale_betas_zero_snr",)),
     "IPNDMScheduler": Sampler(plms.ipndm_plan, plms.ipndm),
-    "LCMScheduler": Sampler(schedules.consistency, discrete.lcm),
-    "TCDScheduler": Sampler(schedules.consistency, discrete.tcd),
-    "EulerDiscreteScheduler": Sampler(schedules.sigma_space, euler.euler, (*ALL, "original_sample")),
+    "LCMScheduler": Sampler(plans.consistency, discrete.lcm),
+    "TCDScheduler": Sampler(plans.consistency, discrete.tcd),
+    "EulerDiscreteScheduler": Sampler(plans.sigma_space, euler.euler, (*ALL, "original_sample")),
     "EulerAncestralDiscreteScheduler": Sampler(
-        schedules.sigma_space, euler.euler_ancestral, NO_SAMPLE, (*_SIGMA_ONLY[:3], *_RESPACED)
+        plans.sigma_space, euler.euler_ancestral, NO_SAMPLE, (*_SIGMA_ONLY[:3], *_RESPACED)
     ),
-    "HeunDiscreteScheduler": Sampler(schedules.heun, euler.heun, ALL, _SIGMA_ONLY, 2),
-    "KDPM2DiscreteScheduler": Sampler(schedules.midpoint, euler.dpm2, NO_SAMPLE, _SIGMA_ONLY, 2),
-    "KDPM2AncestralDiscreteScheduler": Sampler(schedules.midpoint, euler.dpm2, NO_SAMPLE, _SIGMA_ONLY, 2),
-    "LMSDiscreteScheduler": Sampler(schedules.sigma_space, euler.lms, ALL, _SIGMA_ONLY),
-    "DPMSolverSDEScheduler": Sampler(schedules.midpoint_sde, euler.dpmpp_sde, NO_SAMPLE, _SIGMA_ONLY, 2),
-    "DPMSolver2SAncestral": Sampler(schedules.midpoint, euler.dpmpp_2s_ancestral, ALL, _SIGMA_ONLY, 2),
-    "DPMSolverMultistepScheduler": Sampler(schedules.solver, dpm_solver.multistep, WITH_FLOW),
+    "HeunDiscreteScheduler": Sampler(plans.heun, euler.heun, ALL, _SIGMA_ONLY, 2),
+    "KDPM2DiscreteScheduler": Sampler(plans.midpoint, euler.dpm2, NO_SAMPLE, _SIGMA_ONLY, 2),
+    "KDPM2AncestralDiscreteScheduler": Sampler(plans.midpoint, euler.dpm2, NO_SAMPLE, _SIGMA_ONLY, 2),
+    "LMSDiscreteScheduler": Sampler(plans.sigma_space, euler.lms, ALL, _SIGMA_ONLY),
+    "DPMSolverSDEScheduler": Sampler(plans.midpoint_sde, euler.dpmpp_sde, NO_SAMPLE, _SIGMA_ONLY, 2),
+    "DPMSolver2SAncestral": Sampler(plans.midpoint, euler.dpmpp_2s_ancestral, ALL, _SIGMA_ONLY, 2),
+    "DPMSolverMultistepScheduler": Sampler(plans.solver, dpm_solver.multistep, WITH_FLOW),
     "DPMSolverSinglestepScheduler": Sampler(
-        schedules.solver, dpm_solver.singlestep, WITH_FLOW, (*_MULTISTEP_ONLY, "timestep_spacing", "steps_offset")
+        plans.solver, dpm_solver.singlestep, WITH_FLOW, (*_MULTISTEP_ONLY, "timestep_spacing", "steps_offset")
     ),
     "UniPCMultistepScheduler": Sampler(
-        schedules.solver, unipc.unipc, WITH_FLOW, ("use_lu_lambdas", "lambda_min_clipped", "algorithm_type")
+        plans.solver, unipc.unipc, WITH_FLOW, ("use_lu_lambdas", "lambda_min_clipped", "algorithm_type")
     ),
     "DEISMultistepScheduler": Sampler(
-        schedules.solver, deis.deis, WITH_FLOW, (*_MULTISTEP_ONLY, "lambda_min_clipped", "algorithm_type")
+        plans.solver, deis.deis, WITH_FLOW, (*_MULTISTEP_ONLY, "lambda_min_clipped", "algorithm_type")
     ),
-    "FlowMatchEulerDiscreteScheduler": Sampler(schedules.flow, euler.flow_euler, (*WITH_FLOW, "flow")),
-    "FlowMatchHeunDiscreteScheduler": Sampler(schedules.flow, euler.flow_heun, (*WITH_FLOW, "flow"), (), 2),
+    "FlowMatchEulerDiscreteScheduler": Sampler(plans.flow, euler.flow_euler, (*WITH_FLOW, "flow")),
+    "FlowMatchHeunDiscreteScheduler": Sampler(plans.flow, euler.flow_heun, (*WITH_FLOW, "flow"), (), 2),
     "CompVisDPMSolver": Sampler(compvis.dpm_solver_plan, compvis.dpm_solver),
 }
 # What takes a class's place where the schedule has ``"dialect": "compvis"``.
@@ -289,7 +289,7 @@ def _run(
     learned = str(plan.config.get("variance_type")).startswith("learned")
     for index in range(begin, count):
         timestep, sigma = plan.timesteps[index].item(), float(plan.sigmas[index])
-        output = np.asarray(model(scaled_input(plan, latents, index), timestep), F32)
+        output = np.asarray(model(plan.scaled_input(latents, index), timestep), F32)
         if learned and update is not discrete.ddpm:
             output = output[:, :channels]
         if output.shape != latents.shape and not learned:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from latentedge.runtime.schedules import F32, Array, Config, Plan
+from latentedge.runtime.samplers.plans import Plan
+from latentedge.runtime.schedules import F32, Array, Config
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from latentedge.runtime.errors import UsageError
 from latentedge.runtime.parametrisation import denoised_of, noise_of
 from latentedge.runtime.samplers.base import Call, Update
 from latentedge.runtime.samplers.dpm_solver import Point, exponential_step
+from latentedge.runtime.samplers.plans import Plan, on_table
 from latentedge.runtime.samplers.plms import adams_bashforth
-from latentedge.runtime.schedules import F32, Array, Config, Plan, alphas_cumprod, exp32, linspace, log32, on_table
+from latentedge.runtime.schedules import F32, Array, Config, alphas_cumprod, exp32, linspace, log32
 
 
 def exact_betas(config: Config) -> Array:

@@ -9,7 +9,8 @@ import numpy as np
 
 from latentedge.runtime.parametrisation import denoised_of, noise_of
 from latentedge.runtime.samplers.base import Call, Update
-from latentedge.runtime.schedules import F32, Array, Config, Plan, linspace
+from latentedge.runtime.samplers.plans import Plan
+from latentedge.runtime.schedules import F32, Array, Config, linspace
 
 
 def adams_bashforth(outputs: tuple[Array, ...]) -> Array:

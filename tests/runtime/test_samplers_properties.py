@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from latentedge.runtime import samplers
 from latentedge.runtime.noise import NoiseStream
-from latentedge.runtime.schedules import Plan, alpha_sigma
+from latentedge.runtime.samplers import Plan
+from latentedge.runtime.schedules import alpha_sigma
 
 Array = npt.NDArray[Any]
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentedge.runtime import samplers, schedules
@@ -73,6 +73,7 @@ def test_spacings_are_those_of_the_table() -> None:
 
 
 @given(steps=st.integers(2, 60), spacing=st.sampled_from(["karras", "exponential", "beta", "ays"]))
+@settings(deadline=None)
 def test_respaced_sigmas_fall_from_the_first_to_the_last(steps: int, spacing: str) -> None:
     config = {**SCALED, f"use_{spacing}_sigmas": True}
     sigmas = schedules.respaced(config, 14.615, 0.152, steps)
@@ -108,6 +109,7 @@ def test_align_your_steps_is_its_table_at_ten_steps_and_interpolates_logarithms_
 
 
 @given(index=st.floats(0, 999))
+@settings(deadline=None)
 def test_the_timestep_of_a_sigma_undoes_the_table(index: float) -> None:
     logs = np.log(schedules.sigma_table(schedules.alphas_cumprod(SCALED)))
     sigma = np.exp(np.interp([index], np.arange(1000), logs.astype(np.float64)))

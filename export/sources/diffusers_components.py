@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,30 +29,31 @@ def halvings(config: Mapping[str, Any]) -> int:
     return len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1
 
 
-def latent_axes(size: tuple[int, int], smallest: int, batch: Axis, multiple: int = 1) -> dict[str, Axis]:
-    """Batch and latent sides: tuned for ``size``, allowed up to twice that, in steps of ``multiple``."""
+def latent_axes(size: tuple[int, int], smallest: int, batch: Axis) -> dict[str, Axis]:
+    """Batch and latent sides: tuned for ``size``, allowed up to twice that.
+
+    Any side is taken, as diffusers takes it: upsampling restores the size that was halved (``diffusers_modules.py``).
+    """
     smallest = min(smallest, *size)
-    multiple = math.gcd(multiple, smallest, *size)
     return {
         "batch": batch,
-        "latent_height": Axis(smallest, size[0], max(2 * size[0], COMPARED_SIDE), multiple),
-        "latent_width": Axis(smallest, size[1], max(2 * size[1], COMPARED_SIDE), multiple),
+        "latent_height": Axis(smallest, size[0], max(2 * size[0], COMPARED_SIDE)),
+        "latent_width": Axis(smallest, size[1], max(2 * size[1], COMPARED_SIDE)),
     }
 
 
 def compared_axes(axes: Mapping[str, Axis]) -> tuple[dict[str, int], tuple[dict[str, int], ...]]:
-    """Axis lengths to trace with, and others to compare on: another batch, wide, high, and the smallest."""
+    """Axis lengths to trace with, and others to compare on: other batches, other heights and widths, odd ones."""
     if "latent_height" not in axes:
         return {"batch": 2}, ({"batch": 1}, {"batch": 3})
-    unit = axes["latent_height"].multiple
-    height = min(axes["latent_height"].opt, COMPARED_SIDE) // unit * unit
-    width = min(axes["latent_width"].opt, COMPARED_SIDE) // unit * unit
+    height = min(axes["latent_height"].opt, COMPARED_SIDE)
+    width = min(axes["latent_width"].opt, COMPARED_SIDE)
     # Not the smallest size: group norms over the few pixels of a 1 x 1 level tell nothing about an export.
     low, narrow = (min(2 * axes[name].min, axes[name].opt) for name in ("latent_height", "latent_width"))
-    traced = {"batch": 2, "latent_height": height, "latent_width": max(width * 3 // 4 // unit * unit, narrow)}
+    traced = {"batch": 2, "latent_height": height, "latent_width": max(width * 3 // 4, narrow)}
     others = (
-        {"batch": 1, "latent_height": height + unit, "latent_width": width + unit},
-        {"batch": 3, "latent_height": low, "latent_width": max(width // 2 // unit * unit, narrow)},
+        {"batch": 1, "latent_height": max(height * 3 // 4, low), "latent_width": width},
+        {"batch": 3, "latent_height": low + 1, "latent_width": max(width // 2, narrow) + 3},
     )
     return traced, others
 
@@ -68,8 +68,7 @@ def unet_component(
 ) -> ComponentSource:
     """The denoiser; ``conditions`` are its inputs after sample and timestep, with their shapes without the batch."""
     config = part.config
-    steps = 2 ** halvings(config)
-    axes = latent_axes(size, steps, UNET_BATCH, steps)
+    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH)
     sides = ("latent_height", "latent_width")
     inputs = [
         TensorSpec("sample", "float32", ("batch", int(config["in_channels"]), *sides)),

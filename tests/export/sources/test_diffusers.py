@@ -94,6 +94,20 @@ def test_unet_with_three_halvings_at_an_odd_size(tmp_path: Path) -> None:
     assert near(found, expected)
 
 
+@pytest.mark.parametrize("name", ["sd", "ldm-uncond", "taesd"])
+def test_axes_that_are_compared(folders: dict[str, tuple[Path, Any]], name: str) -> None:
+    """Odd sides are allowed, and every export is compared on them, on other heights and on other batches."""
+    for part in source.load(folders[name][0], OPTIONS).components:
+        every = (part.trace_axes, *part.compare_axes)
+        for axis, limits in part.spec.axes.items():
+            lengths = [axes[axis] for axes in every]
+            assert len(set(lengths)) > 1
+            assert all(limits.min <= length <= limits.max for length in lengths)
+            assert limits.multiple == 1
+        if "latent_height" in part.spec.axes:
+            assert any(axes["latent_height"] % 2 and axes["latent_width"] % 2 for axes in every)
+
+
 @pytest.mark.parametrize("name", ["ldm-uncond", "ldm-superres"])
 def test_unconditional_unet(folders: dict[str, tuple[Path, Any]], name: str) -> None:
     folder, pipeline = folders[name]

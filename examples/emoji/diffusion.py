@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Loss weights follow the signal-to-noise ratio up to this value (arXiv:2303.09556).
-SIGNAL_TO_NOISE_LIMIT = 5.0
+# At most this weight for the error of the denoised latents, so that nearly clean timesteps do not dominate.
+DENOISED_WEIGHT_LIMIT = 5.0
 
 
 def alphas_cumprod(parameters: Mapping[str, Any]) -> Tensor:
@@ -49,7 +49,11 @@ def noised(latents: Tensor, noise: Tensor, alpha: Tensor) -> tuple[Tensor, Tenso
 
 
 def v_loss(output: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """Mean squared error of v, weighted by min(SNR, limit) / (SNR + 1)."""
-    ratio = alpha / (1.0 - alpha)
-    weight = ratio.clamp(max=SIGNAL_TO_NOISE_LIMIT) / (ratio + 1.0)
+    """Mean squared error of v, which is SNR + 1 times that of the denoised latents, with that factor limited.
+
+    Noisy timesteps keep their full weight: there the caption alone decides what is drawn. (The weights of
+    arXiv:2303.09556, min(SNR, limit) / (SNR + 1), all but leave them out.)
+    """
+    factor = 1.0 / (1.0 - alpha)
+    weight = factor.clamp(max=DENOISED_WEIGHT_LIMIT) / factor
     return ((output - target).square().mean(dim=(1, 2, 3)) * weight).mean()

@@ -116,6 +116,24 @@ def betas(config: Config) -> Array:
     raise UsageError(f"beta_schedule {name!r} is unknown", f"use one of {known}, or give trained_betas")
 
 
+def exact_betas(config: Config) -> Array:
+    """Float64 [T]: betas as CompVis's code computes them; ``scaled_linear`` is its "linear"."""
+    if config.get("trained_betas") is not None:
+        return np.asarray(config["trained_betas"], np.float64)
+    start, end, count = config["beta_start"], config["beta_end"], int(config["num_train_timesteps"])
+    match config["beta_schedule"]:
+        case "linear":
+            return linspace(start, end, count, np.float64)
+        case "scaled_linear":
+            return np.asarray(linspace(start**0.5, end**0.5, count, np.float64) ** 2)
+        case "sqrt":
+            return np.sqrt(linspace(start, end, count, np.float64))
+        case "squaredcos_cap_v2":
+            bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+            return np.asarray(np.clip(1 - bar[1:] / bar[:-1], 0, 0.999))
+    raise UsageError(f"beta_schedule {config['beta_schedule']!r} is unknown", "use linear, scaled_linear or sqrt")
+
+
 def cumulative(values: Array) -> Array:
     """Float32 [T]: the cumulative product of ``1 - values``, accumulated in float64."""
     return np.asarray(np.cumprod((F32(1) - values).astype(np.float64)).astype(F32))
@@ -125,8 +143,11 @@ def alphas_cumprod(config: Config, zero_snr_floor: float = 0.0) -> Array:
     """Float32 [T]: the signal's variance at each training timestep.
 
     ``rescale_betas_zero_snr`` applies algorithm 1 of Lin et al. 2023 (arXiv 2305.08891); the last entry is then
-    ``zero_snr_floor``, since samplers that divide by it need 2**-24 where the others take 0.
+    ``zero_snr_floor``, since samplers that divide by it need 2**-24 where the others take 0. A CompVis checkpoint
+    holds the float32 of a float64 product.
     """
+    if config.get("dialect") == "compvis" and not config.get("rescale_betas_zero_snr"):
+        return np.asarray(np.cumprod(1.0 - exact_betas(config)).astype(F32))
     values = betas(config)
     if not config.get("rescale_betas_zero_snr"):
         return cumulative(values)

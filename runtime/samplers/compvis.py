@@ -12,30 +12,7 @@ from latentedge.runtime.samplers.base import Call, Update
 from latentedge.runtime.samplers.dpm_solver import Point, exponential_step
 from latentedge.runtime.samplers.plans import Plan, on_table
 from latentedge.runtime.samplers.plms import adams_bashforth
-from latentedge.runtime.schedules import F32, Array, Config, alphas_cumprod, exp32, linspace, log32
-
-
-def exact_betas(config: Config) -> Array:
-    """Float64 [T]: CompVis computes its tables in float64 and stores float32; ``scaled_linear`` is its "linear"."""
-    if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], np.float64)
-    start, end, count = config["beta_start"], config["beta_end"], int(config["num_train_timesteps"])
-    match config["beta_schedule"]:
-        case "linear":
-            return linspace(start, end, count, np.float64)
-        case "scaled_linear":
-            return np.asarray(linspace(start**0.5, end**0.5, count, np.float64) ** 2)
-        case "sqrt":
-            return np.sqrt(linspace(start, end, count, np.float64))
-        case "squaredcos_cap_v2":
-            bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-            return np.asarray(np.clip(1 - bar[1:] / bar[:-1], 0, 0.999))
-    raise UsageError(f"beta_schedule {config['beta_schedule']!r} is unknown", "use linear, scaled_linear or sqrt")
-
-
-def table(config: Config) -> Array:
-    """Float32 [T]: alphas_cumprod as a CompVis checkpoint stores it."""
-    return np.asarray(np.cumprod(1.0 - exact_betas(config)).astype(F32))
+from latentedge.runtime.schedules import F32, Array, Config, alphas_cumprod, exact_betas, exp32, linspace, log32
 
 
 def timesteps(config: Config, steps: int) -> Array:
@@ -52,14 +29,16 @@ def timesteps(config: Config, steps: int) -> Array:
 
 def ddim_plan(config: Config, steps: int) -> Plan:
     """The timesteps above; see ``Plan.begin`` for where CompVis starts from a picture."""
-    return on_table(config, steps, timesteps(config, steps), table(config), compvis=True)
+    return on_table(config, steps, timesteps(config, steps), alphas_cumprod(config), compvis=True)
 
 
 def plms_plan(config: Config, steps: int) -> Plan:
     """The second timestep twice: the first step evaluates the model at both of its ends."""
     listed = timesteps(config, steps)
     second = listed[1:2] if len(listed) > 1 else listed
-    return on_table(config, steps, np.concatenate([listed[:1], second, listed[1:]]), table(config), compvis=True)
+    return on_table(
+        config, steps, np.concatenate([listed[:1], second, listed[1:]]), alphas_cumprod(config), compvis=True
+    )
 
 
 def ddpm_plan(config: Config, steps: int) -> Plan:
@@ -125,7 +104,7 @@ def ddpm(call: Call) -> Update:
 def dpm_solver_plan(config: Config, steps: int) -> Plan:
     """Even in continuous time from 1 to 1 / T, log alpha linear between training timesteps; timesteps fractional."""
     total = int(config["num_train_timesteps"])
-    acp = table(config) if config.get("dialect") == "compvis" else alphas_cumprod(config)
+    acp = alphas_cumprod(config)
     times = linspace(1.0, 1.0 / total, steps + 1)
     logs = F32(0.5) * log32(acp)
     log_alpha = np.interp(times, linspace(0.0, 1.0, total + 1)[1:], logs).astype(F32)

@@ -246,3 +246,11 @@ def test_a_learned_variance_takes_the_second_half_of_the_channels() -> None:
     np.testing.assert_allclose(last("learned_range", two(1.0)), last("fixed_large", model), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(last("learned_range", two(-1.0)), last("fixed_small", model), rtol=1e-4, atol=1e-4)
     assert relative(last("learned_range", two(1.0)), last("fixed_small", model)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "unipc", "dpm_solver", "lcm"])
+def test_every_sampler_takes_the_alphas_of_a_compvis_checkpoint(name: str) -> None:
+    recorded = np.load(GOLDEN / "compvis_model.npz")["model/alphas_cumprod"]
+    np.testing.assert_array_equal(samplers.prepare(COMPVIS, name, 5).alphas_cumprod, recorded, strict=True)
+    plain = {key: value for key, value in COMPVIS.items() if key != "dialect"}
+    assert not np.array_equal(samplers.prepare(plain, "euler", 5).alphas_cumprod, recorded)

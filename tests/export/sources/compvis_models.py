@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,12 @@ import numpy as np
 import torch
 import yaml
 
+from latentedge.export.model import SourceModel
 from latentedge.export.models.registry import build_network
+from latentedge.runtime import Pipeline
+from latentedge.runtime.bundle import Bundle, Component, Manifest
+from latentedge.runtime.engines.base import Engine
+from latentedge.runtime.engines.null import NullEngine
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 IDENTITY = {"target": "torch.nn.Identity"}
@@ -213,3 +219,31 @@ def write(folder: Path, model: dict[str, Any], state: dict[str, torch.Tensor], *
     torch.save({"state_dict": state, "global_step": 7}, folder / "model.ckpt")
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, **others}), encoding="utf-8")
     return folder
+
+
+def torch_pipeline(source: SourceModel) -> Pipeline:
+    """A pipeline whose engines are the source's own networks in torch."""
+    engines: dict[str, Engine] = {}
+    for component in source.components:
+        assert component.build is not None
+        engines[component.spec.name] = NullEngine(component.spec, as_function(component.spec, component.build()))
+    manifest = Manifest(
+        source.family,
+        source.task,
+        source.source,
+        {},
+        source.latent,
+        source.conditioning,
+        dict(source.schedule),
+        source.defaults,
+        {component.spec.name: component.spec for component in source.components},
+    )
+    return Pipeline(Bundle(Path("tiny.bundle"), manifest), "null", "fp32", engines=engines)
+
+
+def as_function(spec: Component, network: Any) -> Callable[[Any], Any]:
+    @torch.no_grad()
+    def function(inputs: Any) -> Any:
+        return {spec.outputs[0].name: network(*(torch.from_numpy(inputs[entry.name]) for entry in spec.inputs)).numpy()}
+
+    return function

@@ -18,13 +18,10 @@ pytest.importorskip("yaml")
 pytest.importorskip("onnxruntime")
 
 from latentedge.export.exporter import ExportOptions, export_source  # noqa: E402
-from latentedge.export.model import SourceModel, SourceOptions  # noqa: E402
+from latentedge.export.model import SourceOptions  # noqa: E402
 from latentedge.export.models.clip_text import ClipTextConfig  # noqa: E402
 from latentedge.export.sources import compvis  # noqa: E402
 from latentedge.runtime import Pipeline  # noqa: E402
-from latentedge.runtime.bundle import Bundle, Component, Manifest  # noqa: E402
-from latentedge.runtime.engines.base import Engine  # noqa: E402
-from latentedge.runtime.engines.null import NullEngine  # noqa: E402
 from tests.export.sources import compvis_models  # noqa: E402
 
 STEPS = 4
@@ -48,34 +45,6 @@ def ddim(denoise: Denoise, noise: Any, alphas: Any, steps: int = STEPS) -> Any:
     return latents
 
 
-def torch_pipeline(source: SourceModel) -> Pipeline:
-    """A pipeline whose engines are the source's own networks in torch."""
-    engines: dict[str, Engine] = {}
-    for component in source.components:
-        assert component.build is not None
-        engines[component.spec.name] = NullEngine(component.spec, as_function(component.spec, component.build()))
-    manifest = Manifest(
-        source.family,
-        source.task,
-        source.source,
-        {},
-        source.latent,
-        source.conditioning,
-        dict(source.schedule),
-        source.defaults,
-        {component.spec.name: component.spec for component in source.components},
-    )
-    return Pipeline(Bundle(Path("tiny.bundle"), manifest), "null", "fp32", engines=engines)
-
-
-def as_function(spec: Component, network: Any) -> Callable[[Any], Any]:
-    @torch.no_grad()
-    def function(inputs: Any) -> Any:
-        return {spec.outputs[0].name: network(*(torch.from_numpy(inputs[entry.name]) for entry in spec.inputs)).numpy()}
-
-    return function
-
-
 class Drawn:
     """A tiny family: its networks in torch, and its bundle."""
 
@@ -93,7 +62,7 @@ class Drawn:
             export_source(source, folder / "bundle", ExportOptions())
             self.pipeline = Pipeline.open(folder / "bundle", backend="auto", precision="fp32")
         else:
-            self.pipeline = torch_pipeline(source)
+            self.pipeline = compvis_models.torch_pipeline(source)
         self.unet = self.networks["unet_config"]
         self.first_stage = self.networks["first_stage_config"]
         self.condition = self.networks.get("cond_stage_config")
@@ -209,8 +178,6 @@ CASES: dict[str, Callable[[Drawn], None]] = {
     "retrieval": retrieval,
     "stable-diffusion": text,
 }
-#: Passes through every kind of component; the others take minutes together.
-QUICK = "inpainting"
 
 
 def test_every_family_is_drawn() -> None:
@@ -223,9 +190,8 @@ def test_conditions_are_those_of_the_original(family: str, tmp_path: Path) -> No
     CASES[family](Drawn(family, tmp_path, exported=False))
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name == QUICK else [pytest.mark.slow]) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CASES)
 @torch.no_grad()
 def test_drawn_like_the_original(family: str, tmp_path: Path) -> None:
     CASES[family](Drawn(family, tmp_path, exported=True))

@@ -63,8 +63,19 @@ class CutGraph:
 
     def weight(self, begin: int, end: int) -> int:
         """Bytes of the initialisers that the nodes from ``begin`` to ``end`` read."""
-        values = {value for node in self.nodes[begin:end] for value in self._initializers(node)}
-        return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+        return ([0, *self.weights_from(begin)])[end - begin]
+
+    def weights_from(self, begin: int) -> list[int]:
+        """Bytes of the initialisers of one node from ``begin`` on, of two, and so on."""
+        seen: set[ir.Value] = set()
+        total, totals = 0, []
+        for node in self.nodes[begin:]:
+            for value in self._initializers(node):
+                if value not in seen:
+                    seen.add(value)
+                    total += 0 if value.const_value is None else value.const_value.nbytes
+            totals.append(total)
+        return totals
 
     def _initializers(self, node: ir.Node) -> Iterator[ir.Value]:
         for value in read_by(node):
@@ -120,10 +131,10 @@ def cut_positions(graph: CutGraph, limit: int) -> list[int]:
 
 def _greedy(graph: CutGraph, candidates: Sequence[int], limit: int) -> list[int] | None:
     positions: list[int] = []
-    begin, end = 0, len(graph.nodes)
-    while graph.weight(begin, end) > limit:
+    begin = 0
+    while (sizes := graph.weights_from(begin))[-1] > limit:
         fitting = {
-            index: size for index in candidates if index > begin and (size := graph.weight(begin, index)) <= limit
+            index: size for index in candidates if index > begin and (size := sizes[index - begin - 1]) <= limit
         }
         if not fitting or max(fitting.values()) == 0:
             return None

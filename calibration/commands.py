@@ -149,11 +149,11 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
 def print_outcome(outcome: Outcome) -> None:
     """Speed and quality by precision, and what ``auto`` takes."""
     table = Table()
-    for name in ("precision", "ms", "x fp32", "at least", "PSNR dB", "worst dB"):
+    for name in ("precision", "ms", "x reference", "at least", "PSNR dB", "worst dB"):
         table.add_column(name, justify="left" if name == "precision" else "right")
     rows: dict[str, dict[str, Any]] = {}
     for record in outcome.records:
-        rows.setdefault(record["precision"], {}).update(
+        rows.setdefault(f"{record['backend']} {record['precision']}", {}).update(
             {f"{record['kind']}.{name}": value for name, value in record.items()}
         )
     for precision in sorted(rows, key=lambda name: rows[name].get("latency.ratio", 0.0)):

@@ -19,10 +19,14 @@ from latentedge.calibration.pictures import Drawn, differences, summary
 from latentedge.calibration.records import Probe
 from latentedge.calibration.sensitivity import WORST_BELOW_DB, Studio, Target
 from latentedge.runtime.bundle import Array, Bundle, graph_precision
-from latentedge.runtime.engines import Engine, open_engine
+from latentedge.runtime.engines import BACKENDS, Engine, open_engine
 from latentedge.runtime.errors import EngineError
 from latentedge.runtime.machine import machine_fingerprint
 from latentedge.runtime.selection import PRECISIONS, library_version
+
+#: What runs where nothing was measured.
+REFERENCE_BACKEND = "onnxruntime"
+REFERENCE = f"{REFERENCE_BACKEND} fp32"
 
 Notify = Callable[[str], None]
 Record = dict[str, Any]
@@ -55,20 +59,24 @@ def is_quantised(precision: str) -> bool:
     return graph_precision(precision) == "int8"
 
 
-def latency_records(times: Mapping[str, list[float]], backend: str, good: Mapping[str, bool]) -> dict[str, Record]:
+def latency_records(
+    times: Mapping[str, list[float]], backend: str, good: Mapping[str, bool], reference: list[float] | None = None
+) -> dict[str, Record]:
     """Latency records by precision from times of the same rounds.
 
-    ``ratio`` is the speed against fp32. For a quantised precision ``alternative`` names the fastest float precision
-    that is good enough, and ``ratio_low`` is the smaller of the lower bounds against fp32 and against it, so that
-    quantisation has to beat both.
+    ``ratio`` is the speed against ONNX Runtime in fp32 (times ``reference``), which is what runs where nothing was
+    measured; against the backend's own fp32 without it. For a quantised precision ``alternative`` names the fastest
+    float precision that is good enough, and ``ratio_low`` is the smaller of the lower bounds against the reference and
+    against it, so that quantisation has to beat both.
     """
     floats = {name: ratio(times["fp32"], seconds) for name, seconds in times.items() if not is_quantised(name)}
+    base, named = (times["fp32"], f"{backend} fp32") if reference is None else (reference, REFERENCE)
     best = max(
         (name for name in floats if name == "fp32" or good.get(name, False)), key=lambda name: floats[name].ratio
     )
     records = {}
     for name, seconds in times.items():
-        against = ratio(times["fp32"], seconds)
+        against = ratio(base, seconds)
         record: Record = {
             "kind": "latency",
             "backend": backend,
@@ -76,7 +84,7 @@ def latency_records(times: Mapping[str, list[float]], backend: str, good: Mappin
             "machine": machine_fingerprint(),
             "library": library_version(backend),
             "seconds": float(sorted(seconds)[len(seconds) // 2]),
-            "reference": "fp32",
+            "reference": named,
             "ratio": against.ratio,
             "ratio_low": against.low,
             "rounds": against.rounds,
@@ -146,11 +154,32 @@ def measure(
                 continue
             shot = _Shot(target, engine, precision, requests, reference, floor_db)
             bundle, quality[precision] = shot.best(bundle, corrections.get(precision))
-        times = in_turns(engines, probes[0].inputs, target.seconds * len(engines)) if target.timed else {}
+        times = _timed(stack, bundle, component, target, engines, probes[0].inputs) if target.timed else {}
     good = {precision: holds(record) for precision, record in quality.items()}
-    latency = latency_records(times, target.backend, good) if times else {}
-    records = [*quality.values(), *latency.values()]
+    reference_times = times.pop(REFERENCE, None)
+    records = list(quality.values())
+    if times:
+        records += latency_records(times, target.backend, good, reference_times).values()
+    if reference_times is not None:
+        records += latency_records({"fp32": reference_times}, REFERENCE_BACKEND, {}).values()
     return with_records(bundle, component, records), records
+
+
+def _timed(
+    stack: ExitStack,
+    bundle: Bundle,
+    component: str,
+    target: Target,
+    engines: Mapping[str, Engine],
+    inputs: Mapping[str, Array],
+) -> dict[str, list[float]]:
+    """Times of all engines in turns, with ONNX Runtime's fp32 among them where it is installed."""
+    running = dict(engines)
+    if target.backend != REFERENCE_BACKEND and BACKENDS[REFERENCE_BACKEND].installed():
+        running[REFERENCE] = stack.enter_context(
+            open_engine(bundle, component, REFERENCE_BACKEND, "fp32", target.options)
+        )
+    return in_turns(running, inputs, target.seconds * len(running))
 
 
 @dataclass(frozen=True)

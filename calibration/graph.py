@@ -18,6 +18,9 @@ from latentedge.runtime.errors import LatentEdgeError
 #: Operators with weights, and the axis of their output channels when the weight is stored as ONNX defines it.
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
+#: Numbered lists that stand inside a block, in diffusers' and CompVis's names.
+INSIDE_BLOCKS = re.compile(r"\.(?:transformer_blocks|in_layers|out_layers|emb_layers)\b")
+
 #: Operators that change the shape of a tensor but none of its values.
 RESHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Expand")
 
@@ -201,7 +204,7 @@ def layer_name(node: ir.Node) -> str:
 
 def block_name(layer: str) -> str | None:
     """A layer's block: its name up to the second number (``down_blocks.0.resnets.1``); ``None`` where it has none."""
-    parts = layer.partition(".transformer_blocks.")[0].split(".")
+    parts = INSIDE_BLOCKS.split(layer)[0].split(".")
     numbered = [index for index, part in enumerate(parts) if part.isdigit()][:2]
     return ".".join(parts[: numbered[-1] + 1]) if numbered and "." in layer else None
 

@@ -29,7 +29,7 @@ class Ratio:
 
 
 def in_turns(engines: Mapping[str, Engine], inputs: Mapping[str, Array], budget: float) -> dict[str, list[float]]:
-    """Seconds of each run by name. Every round runs each engine once, beginning with another one each time."""
+    """Seconds of each run by name. Every round runs each engine once, in another order."""
     for engine in engines.values():
         engine.run(inputs)
     return run_in_turns({name: engine.run for name, engine in engines.items()}, budget)
@@ -39,12 +39,13 @@ def run_in_turns(runs: Mapping[str, Callable[[], object]], budget: float) -> dic
     """Seconds of each call by name, over :data:`ROUNDS` rounds or until ``budget`` seconds are spent."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    generator = np.random.default_rng(0)
     start = time.perf_counter()
     for number in range(ROUNDS):
         if number >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        # Threads of the engine before may still spin; another order each round spreads that over all.
+        for name in (names[index] for index in generator.permutation(len(names))):
             before = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - before)

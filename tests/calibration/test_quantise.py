@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from latentedge.calibration import smoothing
-from latentedge.calibration.graph import constant, find_layers, name_nodes, node_by_name, value_by_name
+from latentedge.calibration.graph import block_name, constant, find_layers, name_nodes, node_by_name, value_by_name
 from latentedge.calibration.lint import lint
 from latentedge.calibration.metrics import sqnr
 from latentedge.calibration.observers import TensorStatistics
@@ -65,6 +65,20 @@ def plan_for(model: ir.Model, found: Evidence, **changes: Any) -> Plan:
         tuple(BlockPlan(name, "int8", "", tuple(layers)) for name, layers in blocks.items()), activations,
     )  # fmt: skip
     return dataclasses.replace(plan, **changes)
+
+
+@pytest.mark.parametrize(
+    ("layer", "block"),
+    [
+        ("unet.down_blocks.0.resnets.1.conv1", "unet.down_blocks.0.resnets.1"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0"),
+        ("middle_block.0.in_layers.2", "middle_block.0"),
+        ("input_blocks.4.1.transformer_blocks.0.ff.net.0.proj", "input_blocks.4.1"),
+        ("conv_in", None),
+    ],
+)
+def test_blocks_by_name(layer: str, block: str | None) -> None:
+    assert block_name(layer) == block
 
 
 def test_placement_knows_the_parts() -> None:

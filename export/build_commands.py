@@ -16,7 +16,7 @@ from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.errors import EngineError, UsageError
 
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_PLANS = ("version-compatible", "stripped")
+_PLANS = ("version-compatible", "stripped", "step-caching")
 
 
 @click.command()
@@ -62,6 +62,7 @@ def build_request(bundle: Bundle, **options: Any) -> BuildRequest:
         optimization_level=options["optimization_level"],
         version_compatible="version-compatible" in options["plans"],
         stripped="stripped" in options["plans"],
+        step_caching="step-caching" in options["plans"],
         low_memory=options["low_memory"],
         notify=lambda message: click.echo(message, err=True),
     )

@@ -58,6 +58,8 @@ class BuildRequest:
     optimization_level: int | None = None
     version_compatible: bool = False
     stripped: bool = False
+    #: Also the two graphs of step caching (``docs/speed.md``).
+    step_caching: bool = False
     #: For ``generate --low-memory``, which evaluates one branch of guidance at a time.
     low_memory: bool = False
     cache: Path | None = None
@@ -75,6 +77,7 @@ class BuildRequest:
             "--optimization-level": self.optimization_level,
             "--plan version-compatible": self.version_compatible,
             "--plan stripped": self.stripped,
+            "--plan step-caching": self.step_caching,
             "--low-memory": self.low_memory,
         }
         return {name: value for name, value in values.items() if value not in (None, False, ())}

@@ -1,8 +1,9 @@
-"""Backends that compile a graph when they load it: there is nothing to build ahead, but times to measure and record."""
+"""Backends that compile a graph when they load it: the denoiser in parts, and times to measure and record."""
 
 from __future__ import annotations
 
 from latentedge.export.builders import BuildRequest, BuildRow, components_to_build
+from latentedge.export.cpu_builder import prepare
 from latentedge.export.latency import measure_bundle
 from latentedge.runtime.engines import backend as find_backend
 from latentedge.runtime.errors import UsageError
@@ -11,19 +12,19 @@ from latentedge.runtime.selection import latency_record
 
 
 def build(request: BuildRequest) -> list[BuildRow]:
-    """Open every graph with the backend, time it on this machine and record that in the manifest.
+    """Split the denoiser, open every graph with the backend, time it on this machine and record that in the manifest.
 
     :class:`UsageError` for settings that only a compiler has; :class:`EngineError` when a graph does not open or run.
     """
     find_backend(request.backend)
-    request.refuse_others()
+    request.refuse_others("--plan step-caching")
     if request.precisions:
         raise UsageError(
             f"the backend {request.backend} times every precision, because a time alone says nothing; "
             f"asked for: {', '.join(request.precisions)}.",
             hint="leave --precision out",
         )
-    bundle = measure_bundle(request.bundle, request.backend, request.notify)
+    bundle = measure_bundle(prepare(request), request.backend, request.notify)
     machine = machine_fingerprint()
     rows = []
     for component in components_to_build(bundle, request.backend):

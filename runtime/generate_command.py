@@ -88,6 +88,9 @@ def size_from(text: str) -> tuple[int, int]:
 @click.option("--backend", default="auto", show_default=True, help="Engine library.")
 @click.option("--precision", default="auto", show_default=True, help="fp32, fp16, bf16 or int8.")
 @click.option("--low-memory", is_flag=True, help="Load one network at a time; guidance in two runs.")
+@click.option(
+    "--cache-interval", type=click.IntRange(1), default=1, help="Compute deep blocks in every n-th step (step caching)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds and timings as JSON.")
 def generate(
     bundle: Path,
@@ -103,6 +106,7 @@ def generate(
     backend: str,
     precision: str,
     low_memory: bool,
+    cache_interval: int,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -116,7 +120,8 @@ def generate(
         options["height"], options["width"] = size_from(size)
     options = {name: value for name, value in options.items() if value is not None}
     requests = _requests(prompt, prompts, seed, options, replay)
-    with Pipeline.open(bundle, backend, precision, options=EngineOptions(low_memory=low_memory)) as pipeline:
+    engine_options = EngineOptions(low_memory=low_memory, cache_interval=cache_interval)
+    with Pipeline.open(bundle, backend, precision, options=engine_options) as pipeline:
         shower = Shower(pipeline, preview, preview_every) if preview is not None else None
         drawn = list(_draw(pipeline, requests, output, shower))
     if sheet is not None:

@@ -65,7 +65,7 @@ def _refuse_caching(bundle: Bundle, precision: str, options: EngineOptions) -> N
     if options.cache_interval > 1:
         raise UsageError(
             f"step caching was asked for, and {bundle.path} has no full and shallow denoiser in {precision}.",
-            hint="write them with `latentedge build BUNDLE --step-caching`",
+            hint="write them with `latentedge build BUNDLE --backend openvino --plan step-caching`",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec
+from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec, Variant
 from latentedge.runtime.engines.base import Engine, EngineOptions
 from latentedge.runtime.errors import EngineError, PrecisionError, UsageError
 from latentedge.runtime.machine import usable_cores
@@ -43,7 +44,15 @@ def open_engine(bundle: Bundle, component: Component, precision: str, options: E
     if precision not in PRECISIONS:
         raise UsageError(f"openvino has no precision {precision!r}; choose one of: {', '.join(PRECISIONS)}.")
     path, variant = bundle.variant(component.name, PRECISIONS[precision].graph)
-    return OpenVINOEngine(component, precision, path, options, variant.sha256)
+    cache = cache_folder(options.cache or bundle.path / "engines", variant)
+    return OpenVINOEngine(component, precision, path, options, cache if options.cache or cache.is_dir() else None)
+
+
+def cache_folder(root: Path, variant: Variant) -> Path:
+    """Where compiled models of a graph lie. OpenVINO's own key does not tell two weight files of one graph apart."""
+    weights = "".join(sorted(variant.external_data.values()))
+    digest = hashlib.sha256(f"{variant.sha256}{weights}".encode()).hexdigest()
+    return root / f"openvino-{version('openvino')}-{digest[:16]}"
 
 
 def device_name(asked: str | None, available: list[str]) -> str:
@@ -64,7 +73,7 @@ class OpenVINOEngine(Engine):
     backend = "openvino"
 
     def __init__(
-        self, component: Component, precision: str, path: Path, options: EngineOptions, digest: str | None = None
+        self, component: Component, precision: str, path: Path, options: EngineOptions, cache: Path | None = None
     ) -> None:
         super().__init__(component, precision)
         import openvino
@@ -83,9 +92,7 @@ class OpenVINOEngine(Engine):
                 hint="choose --precision auto, or fp32",
             )
         self._properties = self._configure(options)
-        self._cache: Path | None = None
-        if options.cache is not None and digest is not None:
-            self._cache = options.cache / f"openvino-{version('openvino')}-{digest[:16]}"
+        self._cache = cache
         self._compiled: dict[tuple[tuple[str, int], ...], tuple[Any, dict[str, Array]]] = {}
         self._buffers: dict[str, Array] = {}
         self._request: Any = None
@@ -132,7 +139,6 @@ class OpenVINOEngine(Engine):
     def _compile_properties(self) -> dict[str, Any]:
         if self._cache is None:
             return self._properties
-        # OpenVINO's own key does not tell two weight files of the same graph apart, so the folder does.
         self._cache.mkdir(parents=True, exist_ok=True)
         return {**self._properties, "CACHE_DIR": str(self._cache)}
 

@@ -45,8 +45,9 @@ def build_network(target: str, parameters: Mapping[str, Any]) -> nn.Module:
     network = network_class(target)
     try:
         return network(**parameters)
-    except TypeError as error:
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UsageError(
-            f"the parameters of {target} do not fit: {error}.",
+            f"the parameters of {target} do not fit: {reason}.",
             hint="compare the YAML's params with the published configuration of this model.",
         ) from error

@@ -120,6 +120,8 @@ _SAFETENSORS_DTYPES = {
 def _open_pickled(path: Path) -> Checkpoint:
     try:
         zipped = zipfile.is_zipfile(path)
+        if not zipped and _starts_as_zip(path):
+            raise EOFError("it begins as a zip archive, and its end is missing")
         named = _zip_globals(path) if zipped else _legacy_globals(path)
         replaced = sorted(name for name in named if not name.startswith(UNDERSTOOD))
         content = _load(path, zipped, replaced)
@@ -141,6 +143,11 @@ def _first_line(error: BaseException) -> str:
     wrapped = isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, pickle.UnpicklingError)
     lines = str(error.__context__ if wrapped else error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _starts_as_zip(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
 
 
 def _zip_globals(path: Path) -> set[str]:

@@ -368,6 +368,15 @@ def test_wrong_network_parameters(tmp_path: Path) -> None:
     del network["model_channels"]
     with pytest.raises(UsageError, match="model_channels"):
         written.load()
+    network["model_channels"] = 30
+    with pytest.raises(UsageError, match="divisible"):
+        written.load()
+    network["model_channels"] = 32
+    stage = written.model["params"]["first_stage_config"]["params"]["ddconfig"]
+    del stage["z_channels"]
+    with pytest.raises(UsageError, match="'z_channels' is missing"):
+        written.load()
+    stage["z_channels"] = 4
     written.model["params"]["unet_config"]["target"] = "os.system"
     with pytest.raises(UsageError, match=r"no network is known for the target 'os\.system'"):
         written.load()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from latentedge.export.builders import BuildRequest, BuildRow, components_to_build
-from latentedge.export.cpu_builder import prepare
 from latentedge.export.latency import measure_bundle
+from latentedge.export.parts_builder import prepare
 from latentedge.runtime.engines import backend as find_backend
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.machine import machine_fingerprint

@@ -30,20 +30,21 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     bundle.
     """
     output = output.absolute()
-    _check_output(output, overwrite)
+    check_output(output, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         # mkdtemp's folder is for its owner only; a bundle is as readable as any other folder.
         folder.chmod(0o755)
         yield folder
-        _check_output(output, overwrite)
+        check_output(output, overwrite=overwrite)
         _replace(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """:class:`UsageError` when something is at ``output`` that may not be replaced."""
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:

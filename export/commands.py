@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from latentedge.export.targets import DEFAULT_TARGET, targets
 from latentedge.runtime.bundle import Bundle
-from latentedge.runtime.errors import UsageError
+from latentedge.runtime.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from latentedge.export.model import SourceOptions
@@ -92,17 +95,35 @@ def run_export(
     overwrite: bool,
 ) -> Bundle:
     """Load the source and export it, with progress on a terminal."""
-    from latentedge.export.exporter import ExportOptions, export_source
+    from latentedge.export.bundle_writer import check_output
+    from latentedge.export.exporter import ExportOptions, check_precisions, export_source
     from latentedge.export.model import SourceOptions
     from latentedge.export.sources import load_source
     from latentedge.export.summary import progress_on_terminal
 
     precisions = precisions_from(precision)
     source_options: SourceOptions = SourceOptions(config, tokenizer, tuple(lora_from(text) for text in loras))
+    check_precisions(precisions)
+    check_output(output, overwrite=overwrite)
     model = load_source(source, source_options)
-    with progress_on_terminal([component.spec.name for component in model.components]) as (progress, notify):
+    names = [component.spec.name for component in model.components]
+    with _termination_cleans_up(), progress_on_terminal(names) as (progress, notify):
         options = ExportOptions(precisions, target, overwrite, notify=notify, progress=progress)
         return export_source(model, output, options)
+
+
+@contextlib.contextmanager
+def _termination_cleans_up() -> Iterator[None]:
+    """Inside, SIGTERM is an error like any other, so that what was written aside is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing was written")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def precisions_from(text: str) -> tuple[str, ...]:

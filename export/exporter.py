@@ -55,7 +55,7 @@ def export_source(model: SourceModel, output: Path, options: ExportOptions) -> B
     the original, :class:`ExportError` for one that has no ONNX form, :class:`UsageError` for an ``output`` that may
     not be replaced or a precision that is not written here.
     """
-    _check_precisions(options.precisions)
+    check_precisions(options.precisions)
     chosen = target(options.target)
     for message in model.messages:
         options.notify(message)
@@ -74,7 +74,8 @@ def export_source(model: SourceModel, output: Path, options: ExportOptions) -> B
     return Bundle.open(output)
 
 
-def _check_precisions(precisions: tuple[str, ...]) -> None:
+def check_precisions(precisions: tuple[str, ...]) -> None:
+    """:class:`UsageError` for a precision that is not written here."""
     unknown = [name for name in precisions if name not in PRECISIONS]
     if unknown or not precisions:
         raise UsageError(

@@ -59,6 +59,29 @@ def test_wrong_use_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
     assert run("export", "a", "-o", "b", "--target", "jetpack5").returncode == 2
 
 
+def test_termination_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from latentedge.export import commands, sources\n"
+        "from tests.export.tiny import DECODER, TinyDecoder, component, tiny_model\n"
+        "def build():\n"
+        f"    assert len(os.listdir({str(tmp_path)!r})) == 1\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return TinyDecoder()\n"
+        "sources.load_source = lambda *_: tiny_model(component(DECODER, build))\n"
+        "from latentedge.runtime.cli import run\n"
+        f"sys.exit(run(['export', 'any', '-o', {str(tmp_path / 'x.bundle')!r}], debug=False))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 130
+    assert "SIGTERM" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_and_build_writes_records_that_selection_reads(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")

@@ -1,6 +1,6 @@
-"""A diffusers folder with random weights, for every peer to run: ``python workload.py sd15|default FOLDER``.
+"""A diffusers folder with random weights, for every peer to run: ``python workload.py sd15|medium|default FOLDER``.
 
-``sd15`` is the architecture of Stable Diffusion 1.5 with its sizes; ``default`` has the sizes of the embedded default
+``sd15`` is the architecture of Stable Diffusion 1.5 with its sizes, ``medium`` the same narrower; ``default`` has the sizes of the embedded default
 model. Random weights cost the same time as trained ones. Needs the diffusers environment.
 """
 
@@ -26,6 +26,23 @@ WORKLOADS: dict[str, dict[str, Any]] = {
             "sample_size": 512,
         },
         "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    },
+    "medium": {
+        "unet": {
+            "sample_size": 32,
+            "block_out_channels": (128, 256, 512, 512),
+            "cross_attention_dim": 512,
+            "attention_head_dim": 8,
+        },
+        "vae": {
+            "block_out_channels": (64, 128, 256, 256),
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "sample_size": 256,
+        },
+        "text": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8},
     },
     "default": {
         "unet": {

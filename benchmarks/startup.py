@@ -1,0 +1,92 @@
+"""Start-up beside diffusers: ``latentedge --help``, and the first picture from process start to PNG.
+
+``python -m latentedge.benchmarks.startup BUNDLE DIFFUSERS_FOLDER`` starts each program several times, in turns, and
+prints seconds and peak memory. The diffusers equivalents import the library and print its pipelines' help, and draw the
+same picture from a diffusers folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentedge.benchmarks.statistics import Times, compare_rounds
+from latentedge.benchmarks.worker import PROMPT
+from latentedge.runtime.errors import EngineError
+
+HELP = "import diffusers; help(diffusers.StableDiffusionPipeline.__init__)"
+PICTURE = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+folder, prompt, steps, side, output = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+pipe(prompt, num_inference_steps=int(steps), height=int(side), width=int(side), generator=generator).images[0].save(output)
+"""
+
+
+def start(command: list[str]) -> dict[str, float]:
+    """Run a program to its end: seconds, processor seconds, and peak memory in bytes.
+
+    :class:`EngineError` with its last words when it fails.
+    """
+    with tempfile.TemporaryFile() as errors:
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            errors.seek(0)
+            raise EngineError(f"{' '.join(command[:3])} failed: {errors.read().decode(errors='replace')[-500:]}")
+    return {
+        "seconds": seconds,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_rss": usage.ru_maxrss * 1024.0,
+    }
+
+
+def measure(pairs: dict[str, tuple[list[str], list[str]]], rounds: int) -> dict[str, Any]:
+    """Both programs of each pair in turns; the first round fills the disk's cache and is not counted."""
+    found: dict[str, Any] = {}
+    for name, commands in pairs.items():
+        runs = [[start(command) for command in commands] for _ in range(rounds + 1)][1:]
+        entry: dict[str, Any] = {}
+        for key in ("seconds", "processor_seconds"):
+            own, other = ([run[index][key] for run in runs] for index in (0, 1))
+            entry[key] = {"own": Times.of(own).p50, "diffusers": Times.of(other).p50,
+                          "share": 1 / compare_rounds(other, own).ratio}  # fmt: skip
+        entry["peak_rss"] = [max(run[index]["peak_rss"] for run in runs) for index in (0, 1)]
+        found[name] = entry
+    return found
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--steps", default=4, show_default=True)
+@click.option("--side", default=64, show_default=True, help="Pixels of a side of the picture.")
+@click.option("--rounds", default=5, show_default=True)
+def main(bundle: Path, folder: Path, backend: str, steps: int, side: int, rounds: int) -> None:
+    """Measure start-up of this project with BUNDLE and of diffusers with FOLDER, and print both as JSON."""
+    program = str(Path(sys.executable).with_name("latentedge"))
+    with tempfile.TemporaryDirectory() as output:
+        picture = [program, "generate", str(bundle), PROMPT, "--steps", str(steps), "--size", str(side), "--seed", "0",
+                   "--backend", backend, "-o", f"{output}/own.png"]  # fmt: skip
+        theirs = [sys.executable, "-c", PICTURE, str(folder), PROMPT, str(steps), str(side), f"{output}/theirs.png"]
+        pairs = {"help": ([program, "--help"], [sys.executable, "-c", HELP]), "first picture": (picture, theirs)}
+        click.echo(json.dumps(measure(pairs, rounds), indent=1))
+
+
+if __name__ == "__main__":
+    main()

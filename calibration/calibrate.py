@@ -53,6 +53,8 @@ class Options:
     #: Held-out pictures behind the gate's decision.
     pictures: int = 16
     threads: int | None = None
+    #: What the rest computes in, "fp32" or "fp16"; ``None``: by the backend.
+    floats: str | None = None
     component: str = "unet"
     search: SearchSettings = field(default_factory=SearchSettings)
 
@@ -142,6 +144,18 @@ def needs_outputs(options: Options) -> bool:
     return options.backend == "onnxruntime"
 
 
+def floats_of(bundle: Bundle, options: Options) -> str:
+    """The graph to quantise: float16 for TensorRT where the bundle has it, float32 otherwise."""
+    variants = bundle.component(options.component).variants
+    wanted = options.floats or ("fp16" if options.backend.startswith("tensorrt") and "fp16" in variants else "fp32")
+    if wanted not in variants:
+        raise UsageError(
+            f"{options.component} is not in this bundle in {wanted}; it is there in: {', '.join(variants)}.",
+            hint=f"export the checkpoint with --precision fp32,{wanted}",
+        )
+    return wanted
+
+
 def search_ranges(
     bundle: Bundle,
     options: Options,
@@ -206,8 +220,9 @@ def first_plan(
         blocks=tuple(BlockPlan(name, INT8, "", tuple(layers)) for name, layers in blocks.items()),
         activations=activations,
         kept=kept,
-        # Cut in two, a shortcut's halves would each need a range for their output.
-        split=() if needs_outputs(options) else tuple(result.split),
+        # Cut in two, a shortcut's halves would each need a range for their output; casting renames what is joined.
+        split=() if needs_outputs(options) or floats_of(bundle, options) != "fp32" else tuple(result.split),
+        floats=floats_of(bundle, options),
         clip_weights=options.search.clip_weights,
         correct_bias=options.search.correct_bias,
         quantise_outputs=needs_outputs(options),

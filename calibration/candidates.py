@@ -22,9 +22,9 @@ _NUMBER = itertools.count()
 
 def build(bundle: Bundle, plan: Plan, evidence: Evidence) -> tuple[ir.Model, tuple[str, ...]]:
     """The quantised graph of a plan, and the layers that became INT8; :class:`LatentEdgeError` where there are none."""
-    path, _ = bundle.variant(plan.component, "fp32")
-    model = load_graph(path)
-    layers = quantise(model, plan, evidence)
+    model = load_graph(bundle.variant(plan.component, plan.floats)[0])
+    original = load_graph(bundle.variant(plan.component, "fp32")[0]) if plan.floats != "fp32" else None
+    layers = quantise(model, plan, evidence, original)
     if not layers:
         raise LatentEdgeError("the plan quantises no layer.", hint="set a block's precision to int8 in the plan")
     return model, layers

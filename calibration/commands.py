@@ -69,6 +69,7 @@ def reporting() -> Iterator[Reporter]:
 @click.option(
     "--pictures", type=click.IntRange(min=1), default=16, show_default=True, help="Held-out pictures to judge."
 )
+@click.option("--floats", type=click.Choice(["fp32", "fp16"]), help="What the rest computes in; default: by backend.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this (edited) plan; no new capture.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that observe.")
 @click.option("--ray", metavar="ADDRESS", help="Observe on a Ray cluster; needs the extra [ray].")
@@ -82,6 +83,7 @@ def calibrate(
     floor: str,
     backend: str,
     pictures: int,
+    floats: str | None,
     plan_file: Path | None,
     workers: int,
     ray: str | None,
@@ -90,7 +92,7 @@ def calibrate(
 ) -> None:
     """Quantise the denoiser of BUNDLE to INT8, and measure whether that pays on this machine."""
     texts = tuple(read_prompts(prompts)) if prompts is not None else ()
-    options = Options(samples, steps, texts, decibels(floor), backend, pictures)
+    options = Options(samples, steps, texts, decibels(floor), backend, pictures, floats=floats)
     with reporting() as reporter:
         if plan_file is not None:
             outcome = reapply(bundle, Plan.load(plan_file), options, reporter)

@@ -72,6 +72,8 @@ class Plan:
     correct_bias: bool = True
     #: Q/DQ after convolutions, which ONNX Runtime needs to compute them in INT8 at all.
     quantise_outputs: bool = False
+    #: The bundle's graph that is quantised, which is the type that everything else computes in: "fp32" or "fp16".
+    floats: str = "fp32"
     #: How the statistics were taken: samples, steps, digest of the fp32 graph.
     calibration: dict[str, Any] = field(default_factory=dict)
 

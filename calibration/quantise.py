@@ -6,6 +6,7 @@ Q/DQ for each tensor, with one symmetric scale. Biases, outputs and everything w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,11 +44,19 @@ class Evidence:
     bias: Mapping[str, Array] = field(default_factory=dict)
 
 
-def quantise(model: ir.Model, plan: Plan, evidence: Evidence) -> tuple[str, ...]:
-    """Quantise ``model`` in place; gives the names of the layers that became INT8."""
+def quantise(model: ir.Model, plan: Plan, evidence: Evidence, original: ir.Model | None = None) -> tuple[str, ...]:
+    """Quantise ``model`` in place; gives the names of the layers that became INT8.
+
+    ``original`` is the fp32 graph that the plan was made for, where ``model`` is its float16 form: layers are matched
+    by their nodes, because casting renames weights and some activations.
+    """
     name_nodes(model)
-    writer = _Writer(model, plan, evidence)
     placed = place(model)
+    source = {entry.layer.activation: entry.layer.activation for entry in placed}
+    if original is not None:
+        name_nodes(original)
+        placed, source = _matched(placed, place(original))
+    writer = _Writer(model, plan, evidence, source)
     writer.check(placed)
     groups: dict[str, list[Placed]] = {}
     for entry in placed:
@@ -58,10 +67,28 @@ def quantise(model: ir.Model, plan: Plan, evidence: Evidence) -> tuple[str, ...]
     return tuple(writer.done)
 
 
+def _matched(placed: list[Placed], original: list[Placed]) -> tuple[list[Placed], dict[str, str]]:
+    """The layers of a cast graph by their names in the original, and the original activation of each one."""
+    by_node = {entry.layer.node: entry for entry in original}
+    found, source = [], {}
+    for entry in placed:
+        if entry.layer.node not in by_node:
+            raise LatentEdgeError(
+                f"the fp16 graph has a layer {entry.layer.node} that the fp32 graph does not have.",
+                hint="export the checkpoint again with --precision fp32,fp16",
+            )
+        known = by_node[entry.layer.node]
+        layer = dataclasses.replace(entry.layer, name=known.layer.name, block=known.layer.block)
+        found.append(dataclasses.replace(known, layer=layer))
+        source[layer.activation] = known.layer.activation
+    return found, source
+
+
 class _Writer:
     """One pass over a graph; Q/DQ pairs are shared by all layers that read a tensor."""
 
-    def __init__(self, model: ir.Model, plan: Plan, evidence: Evidence) -> None:
+    def __init__(self, model: ir.Model, plan: Plan, evidence: Evidence, source: Mapping[str, str]) -> None:
+        self.source = source
         self.graph = model.graph
         self.opset = model.opset_imports.get("", 0)
         self.plan = plan
@@ -111,19 +138,25 @@ class _Writer:
             self.done.append(entry.layer.name)
 
     def _activation(self, tensor: str) -> ActivationPlan:
-        if tensor not in self.plan.activations:
-            raise LatentEdgeError(f"the plan has no range for the activation {tensor}.", hint="calibrate again")
-        return self.plan.activations[tensor]
+        name = self.source.get(tensor, tensor)
+        if name not in self.plan.activations:
+            raise LatentEdgeError(f"the plan has no range for the activation {name}.", hint="calibrate again")
+        return self.plan.activations[name]
+
+    def _statistics(self, tensor: str) -> TensorStatistics:
+        return self.evidence.statistics[self.source.get(tensor, tensor)]
 
     def _smooth(self, tensor: str, layers: list[Layer]) -> Array | None:
         exponent = self._activation(tensor).smoothing
         affine = None if exponent is None else smoothing.affine_of(self.values[tensor], layers)
-        if exponent is None or affine is None:
+        if exponent is None:
             return None
+        if affine is None:
+            raise LatentEdgeError(f"the plan balances {tensor}, which no norm makes.", hint="calibrate again")
         weights = [self.nodes[layer.node].inputs[1] for layer in layers]
         arrays = [array for array in map(constant, weights) if array is not None]
         largest = smoothing.weight_amax(list(zip(arrays, [layer.input_axis for layer in layers], strict=True)))
-        factor = smoothing.factors(self.evidence.statistics[tensor].channel_amax, largest, exponent)
+        factor = smoothing.factors(self._statistics(tensor).channel_amax, largest, exponent)
         smoothing.divide(self.graph, affine, factor)
         for layer, array in zip(layers, arrays, strict=True):
             weight = smoothing.multiplied(array, layer.input_axis, factor)
@@ -161,7 +194,7 @@ class _Writer:
         array = constant(node.inputs[1])
         assert array is not None
         dtype = self._dtype(node)
-        power = self.evidence.statistics[layer.activation].channel_power()
+        power = self._statistics(layer.activation).channel_power()
         power = power if factor is None else power / np.square(factor)
         if part is not None:
             array, power = array[:, part], power[part]

@@ -38,6 +38,8 @@ def affine_of(value: ir.Value, layers: list[Layer]) -> Affine | None:
         return None
     width = layers[0].inputs
     node = value.producer()
+    if node is not None and node.op_type == "Cast" and len(node.inputs[0].uses() if node.inputs[0] else ()) == 1:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
     if node is None:
         return None
     if node.op_type == "LayerNormalization":

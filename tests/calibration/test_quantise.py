@@ -311,3 +311,38 @@ def test_quantised_outputs_are_allowed_where_asked() -> None:
     quantise(model, plan, found)
     assert lint(model, quantised_outputs=True) == []
     assert any(finding.rule == "float output" for finding in lint(model))
+
+
+def test_the_float16_graph_is_quantised_with_the_fp32_plan() -> None:
+    half_precision = pytest.importorskip("latentedge.export.passes.half_precision")
+    original = graph(outlier=60.0)
+    found = evidence(original)
+    plan = plan_for(original, found)
+    tensor = "mid.0.attn.0.norm_output"
+    layers = [layer for layer in find_layers(original) if layer.activation == tensor]
+    nodes = node_by_name(original)
+    weights = [(constant(nodes[layer.node].inputs[1]), layer.input_axis) for layer in layers]
+    factor = smoothing.factors(found.statistics[tensor].channel_amax, smoothing.weight_amax(weights), 0.65)  # type: ignore[arg-type]
+    amax = float((found.statistics[tensor].channel_amax / factor).max())
+    plan = dataclasses.replace(
+        plan, activations={**plan.activations, tensor: ActivationPlan(amax, "balanced", 0.65)}, floats="fp16"
+    )
+    reference = run(original)[0]
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(original)))
+    # The norm stays float32, so that its output reaches the layers through a Cast.
+    keep = [node for node in model.graph if node.op_type in ("Sin", "LayerNormalization")]
+    half_precision.cast_to_half(model, keep)
+    model = ir.from_proto(ir.to_proto(model))
+    done = quantise(model, plan, found, original)
+    assert len(done) == 9
+    assert lint(model) == []
+    scales = [
+        value.const_value.numpy().dtype  # type: ignore[union-attr]
+        for name, value in model.graph.initializers.items()
+        if str(name).endswith("_scale")
+    ]
+    assert set(scales) == {np.dtype(np.float16)}
+    single = graph(outlier=60.0)
+    quantise(single, dataclasses.replace(plan, floats="fp32"), found)
+    expected = sqnr(reference, run(single)[0])
+    assert sqnr(reference, run(model)[0]) == pytest.approx(expected, abs=1.5)

@@ -72,6 +72,8 @@ def describe(
     scale_factor = float(parts.first_stage.config.get("scaling_factor") or 1.0) if kind.scaled else 1.0
     tokenizers = _tokenizers(parts, options, messages)
     conditioning = _conditioning(kind, parts, index, tokenizers)
+    if conditioning.time_ids not in (None, SDXL_TIME_IDS):
+        messages.append(f"the UNet takes {conditioning.time_ids} time ids, as SDXL's refiner: pass them as time_ids")
     factor = 2 ** halvings(parts.first_stage.config)
     return SourceModel(
         family=kind.family,
@@ -162,7 +164,7 @@ def _conditioning(
 
 
 def _time_ids(parts: Parts) -> int | None:
-    """How many sizes an SDXL UNet takes beside the pooled text; only the base model's six are known to the runtime."""
+    """How many numbers an SDXL UNet takes beside the pooled text: the base model six sizes, the refiner five."""
     config = parts.unet.config
     if config.get("addition_embed_type") is None:
         return None
@@ -171,13 +173,7 @@ def _time_ids(parts: Parts) -> int | None:
             f"the UNet in {parts.unet.folder} takes {config['addition_embed_type']}; known: text_time."
         )
     pooled = int(parts.text[-1].config["projection_dim"])
-    sizes = (int(config["projection_class_embeddings_input_dim"]) - pooled) // int(config["addition_time_embed_dim"])
-    if sizes != SDXL_TIME_IDS:
-        raise LatentEdgeError(
-            f"the UNet in {parts.unet.folder} takes {sizes} time ids; an SDXL base model takes {SDXL_TIME_IDS}.",
-            hint="SDXL refiners, which take an aesthetic score, are not supported",
-        )
-    return sizes
+    return (int(config["projection_class_embeddings_input_dim"]) - pooled) // int(config["addition_time_embed_dim"])
 
 
 def _inner_state(part: Part) -> str:

@@ -206,6 +206,16 @@ def test_statistics_by_channel_are_undone(folders: dict[str, tuple[Path, Any]]) 
         assert near(decoded, pipeline.vae.decode(theirs.mean).sample)
 
 
+def test_a_refiner_wants_its_time_ids(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["sdxl"][0], tmp_path / "refiner"))
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "projection_class_embeddings_input_dim": 24 + 5 * 8}))
+    model = source.load(folder, OPTIONS)
+    assert model.conditioning.time_ids == 5
+    assert any("5 time ids" in message for message in model.messages)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.class_name)
 def test_defaults_are_the_pipelines_own(kind: Kind) -> None:
     import diffusers

@@ -33,7 +33,7 @@ NEGATIVE = "a bad cat"
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of both calls, and how many of diffusers' draws are ``noise`` (the others are the start)."""
+    """Arguments of both calls, those of ours alone, and how many draws diffusers takes."""
 
     model: str
     call: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +74,13 @@ CASES = {
     "sd2, rescaled guidance": Case("sd2", {**TEXT, "num_inference_steps": 4, "guidance_rescale": 0.7}),
     "sdxl": Case("sdxl", {**TEXT, "num_inference_steps": 3}),
     "sdxl, zeros": Case("sdxl", {"prompt": PROMPT, "guidance_scale": 4.0, "num_inference_steps": 3}),
+    "sdxl, sizes": Case(
+        "sdxl",
+        {**TEXT, "num_inference_steps": 3, "guidance_rescale": 0.5, "original_size": (20, 24),
+         "crops_coords_top_left": (2, 3), "target_size": (16, 18), "negative_original_size": (8, 9),
+         "negative_target_size": (12, 16)},
+        {"time_ids": np.float32([[20, 24, 2, 3, 16, 18]]), "negative_time_ids": np.float32([[8, 9, 0, 0, 12, 16]])},
+    ),
     "lcm": Case("lcm", {"prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 8.5}, draws=3),
     "lcm, one step": Case("lcm", {"prompt": PROMPT, "num_inference_steps": 1, "guidance_scale": 3.0}),
     "turbo": Case("turbo", {"prompt": PROMPT, "num_inference_steps": 1, "guidance_scale": 0.0}),
@@ -148,7 +155,9 @@ CASES = {
     "ldm-uncond, eta": Case("ldm-uncond", {"num_inference_steps": 4, "eta": 1.0}, latents=None, draws=5),
 }  # fmt: skip
 RENAMED = {"num_inference_steps": "steps", "mask_image": "mask"}
-#: Pipelines whose call takes no negative prompt by that name, or no size.
+#: SDXL's sizes, which are ``time_ids`` here.
+SIZES = ("original_size", "crops_coords_top_left", "target_size", "negative_original_size", "negative_target_size")
+#: Where the LDM pipelines keep their first stage.
 LDM_FIRST_STAGE = "vqvae"
 
 
@@ -192,7 +201,7 @@ def compare(case: Case, theirs: Any, ours: Pipeline, recorder: Recorder) -> None
         torch.manual_seed(3)
         spy = Spy(first_stage, ours.bundle.latent.scale_factor)
         expected = theirs(**call, output_type="pil").images
-    own |= {RENAMED.get(key, key): value for key, value in case.call.items()}
+    own |= {RENAMED.get(key, key): value for key, value in case.call.items() if key not in SIZES} | case.ours
     assert len(recorder.draws) == case.draws
     if case.draws:
         own["noise"] = recorder.noise(case.draws)

@@ -8,11 +8,9 @@ same picture from a diffusers folder.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +32,32 @@ pipe(prompt, num_inference_steps=int(steps), height=int(side), width=int(side), 
 """
 
 
+#: Starts a program and reports on it. A process's peak memory counts what it was before the program took its place, so
+#: the launcher is a bare interpreter.
+LAUNCHER = """
+import os, sys, time
+begin = time.perf_counter()
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+seconds = time.perf_counter() - begin
+os.write(3, f"{os.waitstatus_to_exitcode(status)} {seconds} {usage.ru_utime + usage.ru_stime} {usage.ru_maxrss}".encode())
+"""
+
+
 def start(command: list[str]) -> dict[str, float]:
     """Run a program to its end: seconds, processor seconds, and peak memory in bytes.
 
     :class:`EngineError` with its last words when it fails.
     """
-    with tempfile.TemporaryFile() as errors:
-        begin = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as answer:
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER.replace("write(3", f"write({answer.fileno()}"), *command]
+        subprocess.run(launcher, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=[answer.fileno()], check=True)
+        answer.seek(0)
+        code, seconds, processor, kilobytes = answer.read().split()
+        if int(code) != 0:
             errors.seek(0)
             raise EngineError(f"{' '.join(command[:3])} failed: {errors.read().decode(errors='replace')[-500:]}")
-    return {
-        "seconds": seconds,
-        "processor_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_rss": usage.ru_maxrss * 1024.0,
-    }
+    return {"seconds": float(seconds), "processor_seconds": float(processor), "peak_rss": int(kilobytes) * 1024.0}
 
 
 def measure(pairs: dict[str, tuple[list[str], list[str]]], rounds: int) -> dict[str, Any]:

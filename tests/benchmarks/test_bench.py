@@ -32,9 +32,16 @@ from tests.export.tiny import tiny_model
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "tiny.bundle"
-    model = dataclasses.replace(tiny_model(), schedule={"dialect": "diffusers", "_class_name": "DDIMScheduler", "num_train_timesteps": 1000,
-                                                        "beta_schedule": "scaled_linear", "beta_start": 0.001,
-                                                        "beta_end": 0.01, "prediction_type": "epsilon"})  # fmt: skip
+    schedule = {
+        "dialect": "diffusers",
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.001,
+        "beta_end": 0.01,
+        "prediction_type": "epsilon",
+    }
+    model = dataclasses.replace(tiny_model(), schedule=schedule)
     export_source(model, path, ExportOptions(precisions=("fp32", "fp16")))
     hoist_bundle(path)
     return path

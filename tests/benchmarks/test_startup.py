@@ -16,6 +16,7 @@ def test_a_program_that_sleeps_and_one_that_computes() -> None:
     assert slept["processor_seconds"] < slept["seconds"]
     held = start([sys.executable, "-c", "x = bytearray(200 << 20)"])
     assert held["peak_rss"] > 200 << 20
+    assert slept["peak_rss"] < 40 << 20
 
 
 def test_a_program_that_fails_is_an_error() -> None:

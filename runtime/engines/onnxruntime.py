@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec, Vari
 from latentedge.runtime.engines import onnxruntime_gpu
 from latentedge.runtime.engines.base import Engine, EngineOptions
 from latentedge.runtime.errors import EngineError, UsageError
+from latentedge.runtime.machine import usable_cores
 
 #: Provider by the device that the caller asks for.
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
@@ -33,7 +33,7 @@ def open_session(path: Path, options: EngineOptions, variant: Variant | None = N
         choices = ", ".join([*PROVIDERS, *onnxruntime_gpu.PROVIDERS])
         raise UsageError(f"ONNX Runtime has no device {device!r} here; choose one of: {choices}.")
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = options.threads or available_threads()
+    settings.intra_op_num_threads = options.threads or usable_cores()
     settings.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=[PROVIDERS[device]])
@@ -46,11 +46,6 @@ def open_session(path: Path, options: EngineOptions, variant: Variant | None = N
     if session.get_providers()[0] != PROVIDERS[device]:
         raise EngineError(f"ONNX Runtime fell back from {PROVIDERS[device]} to {session.get_providers()[0]}.")
     return session
-
-
-def available_threads() -> int:
-    """Cores that this process may use, by CPU affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 class OnnxRuntimeEngine(Engine):

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 Pair = tuple[list[float], list[float]]
 
 #: Side of a picture in pixels, and pixels of a latent's side for the downscaling of the workload's decoder.
-SIDES = {"sd15": (256, 8), "medium": (256, 8), "default": (64, 4)}
+SIDES = {"sd15": (256, 8), "medium": (128, 4), "default": (64, 4)}
 
 
 def environment_of(name: str, pins: list[str], root: Path) -> str:

@@ -1,7 +1,7 @@
 """A diffusers folder with random weights, for every peer to run: ``python workload.py sd15|medium|default FOLDER``.
 
-``sd15`` is the architecture of Stable Diffusion 1.5 with its sizes, ``medium`` the same but narrower, ``default`` has
-the sizes of the embedded default model. Random weights cost the same time as trained ones. Needs the diffusers
+``sd15`` is the architecture of Stable Diffusion 1.5 with its sizes, ``medium`` is a denoiser of 61 million
+parameters, ``default`` has the sizes of the embedded default model. Random weights cost the same time as trained ones. Needs the diffusers
 environment.
 """
 
@@ -31,19 +31,23 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "medium": {
         "unet": {
             "sample_size": 32,
-            "block_out_channels": (128, 256, 512, 512),
-            "cross_attention_dim": 512,
+            "block_out_channels": (128, 256, 384),
+            "layers_per_block": 2,
+            "cross_attention_dim": 256,
             "attention_head_dim": 8,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         },
         "vae": {
-            "block_out_channels": (64, 128, 256, 256),
-            "layers_per_block": 2,
+            "block_out_channels": (32, 64, 64),
+            "layers_per_block": 1,
             "latent_channels": 4,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "sample_size": 256,
+            "norm_num_groups": 8,
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "sample_size": 128,
         },
-        "text": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8},
+        "text": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
     },
     "default": {
         "unet": {

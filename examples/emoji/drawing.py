@@ -63,8 +63,8 @@ def draw(
     parameters: dict[str, Any],
     scale_factor: float,
     sampler: str = "ddim",
-    steps: int = 25,
-    guidance_scale: float = 4.0,
+    steps: int = 20,
+    guidance_scale: float = 2.5,
     seed: int = 0,
     batch_size: int = 32,
 ) -> np.ndarray:

@@ -1,5 +1,5 @@
 """Judge the packed model: ``python -m examples.emoji.evaluate FOLDER`` prints figures and writes evaluation.json and
-the contact sheets beside this file. FOLDER holds pictures.npz.
+the contact sheets beside this file. FOLDER holds pictures.npz and latents.npz.
 
 A drawn picture counts as its prompt's concept, or style, when the nearest picture of the training corpus (squared
 distance of the autoencoder's latents) has that concept, or style. Its background is the named colour nearest to the
@@ -21,9 +21,9 @@ from examples.emoji import training
 from examples.emoji.captions import BACKGROUNDS, HERE, STYLES, Concept, build_tokenizer, caption, read_concepts
 from examples.emoji.data import Pictures, background_colours, held_out
 from examples.emoji.drawing import Denoiser, draw
-from examples.emoji.latents import concept_pictures, encode_all
 from examples.emoji.pack import load
 from examples.emoji.train_autoencoder import held_out_pictures, judge
+from examples.emoji.train_denoiser import GRID
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Model:
         """Pictures of [N, 3] concept, style and background numbers, each by its full caption."""
         styles, backgrounds = list(STYLES), list(BACKGROUNDS)
         sentences = [caption(self.concepts[c].names[0], styles[s], backgrounds[b]) for c, s, b in places]
+        return self.draw_prompts(sentences, steps=steps, guidance_scale=guidance_scale, seed=seed)
+
+    def draw_prompts(self, sentences: list[str], *, steps: int, guidance_scale: float, seed: int) -> np.ndarray:
+        """Pictures of prompts, uint8 [sentences, 64, 64, 3]."""
         return draw(
             self.denoiser,
             self.first_stage,
@@ -95,8 +99,8 @@ def grid(pictures: np.ndarray, columns: int) -> list[np.ndarray]:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--steps", default=25)
-@click.option("--guidance-scale", default=4.0)
+@click.option("--steps", default=20)
+@click.option("--guidance-scale", default=2.5)
 @click.option("--prompts", default=200, help="Number of random prompts.")
 @click.option("--threads", default=2)
 @click.option("--to", "target", type=click.Path(path_type=Path, exists=True), default=HERE)
@@ -106,7 +110,8 @@ def main(folder: Path, steps: int, guidance_scale: float, prompts: int, threads:
     pictures, (first_stage, denoiser, parameters) = Pictures.load(folder), load()
     unseen = pictures.pictures[held_out_pictures(pictures)]
     decibels, _ = judge(first_stage, unseen, len(unseen))
-    corpus = encode_all(first_stage, concept_pictures(pictures))
+    with np.load(folder / "latents.npz") as arrays:
+        corpus = arrays["latents"]
     model = Model(first_stage, denoiser, parameters, read_concepts(), corpus)
     new = held_out(len(model.concepts))
     sampling = {"steps": steps, "guidance_scale": guidance_scale, "seed": 11}
@@ -118,11 +123,12 @@ def main(folder: Path, steps: int, guidance_scale: float, prompts: int, threads:
         "sampler": "ddim",
         **sampling,
     }
-    seen_places, new_places = random_places(prompts, ~new, 12), random_places(96, new, 13)
+    seen_places, new_places = random_places(prompts, ~new, 12), random_places(48, new, 13)
     drawn = model.draw(seen_places, **sampling)
     figures["seen_combinations"], right = scores(model, seen_places, drawn)
     drawn_new = model.draw(new_places, **sampling)
     figures["new_combinations"], _ = scores(model, new_places, drawn_new)
+    training.save_grid(grid(model.draw_prompts(GRID, **sampling), 16), target / "contact_sheet.png")
     training.save_grid(grid(drawn, 20), target / "sheet_random.png")
     training.save_grid(grid(drawn_new, 16), target / "sheet_new_combinations.png")
     wrong = np.flatnonzero(~right)[:20]

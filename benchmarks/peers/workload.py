@@ -1,8 +1,8 @@
 """A diffusers folder with random weights, for every peer to run: ``python workload.py sd15|medium|default FOLDER``.
 
-``sd15`` is the architecture of Stable Diffusion 1.5 with its sizes, ``medium`` is a denoiser of 61 million
-parameters, ``default`` has the sizes of the embedded default model. Random weights cost the same time as trained ones. Needs the diffusers
-environment.
+``sd15`` is the architecture of Stable Diffusion 1.5 with its sizes, ``medium`` a denoiser of 61 million parameters,
+``default`` has the sizes of the embedded default model. Random weights cost the same time as trained ones. Needs the
+diffusers environment.
 """
 
 from __future__ import annotations

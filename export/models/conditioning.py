@@ -54,7 +54,7 @@ class SpatialRescaler(nn.Module):
         """[batch, in_channels, height, width] to [batch, out_channels, ...] of multiplier**n_stages the size."""
         for _ in range(self.n_stages):
             # Bilinear halving samples the middle of each 2x2 square: its mean.
-            if self.multiplier == 0.5 and self.method in ("bilinear", "area"):
+            if self.multiplier == 0.5 and self.method == "bilinear":
                 x = functional.avg_pool2d(x, 2)
             else:
                 x = functional.interpolate(x, scale_factor=self.multiplier, mode=self.method)

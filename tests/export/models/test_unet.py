@@ -1,0 +1,100 @@
+"""Parts of the U-Net that no recorded model uses, or that recorded models cannot tell apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from latentedge.export.models.attention import AttentionBlock  # noqa: E402
+from latentedge.export.models.conditioning import SpatialRescaler  # noqa: E402
+from latentedge.export.models.unet import UNetModel, timestep_embedding  # noqa: E402
+from latentedge.runtime.errors import UsageError  # noqa: E402
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "compvis" / "timestep_embedding.npz"
+SMALL: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 2],
+    "num_heads": 4,
+}
+
+
+@pytest.mark.parametrize("width", [32, 33, 320])
+def test_timestep_embedding(width: int) -> None:
+    with np.load(GOLDEN) as arrays:
+        timesteps, expected = torch.from_numpy(arrays["temb_t"]), torch.from_numpy(arrays[f"temb_{width}"])
+    found = timestep_embedding(timesteps.float(), width)
+    assert found.shape == expected.shape
+    # Angles reach a thousand, where float32 steps by 6e-5.
+    assert float((found - expected).abs().max()) < 1e-4
+    assert float((found[timesteps < 10] - expected[timesteps < 10]).abs().max()) < 1e-6
+
+
+@torch.no_grad()
+def test_both_orders_of_attention_are_the_same_network() -> None:
+    legacy, new = AttentionBlock(64, 4), AttentionBlock(64, 4, new_order=True)
+    state = {name: torch.randn_like(value) for name, value in legacy.state_dict().items()}
+    legacy.load_state_dict(state)
+    # Heads first, query, key and value inside each; or query, key and value first, heads inside each.
+    for name in ("qkv.weight", "qkv.bias"):
+        parts = state[name].reshape(4, 3, 16, -1).transpose(0, 1)
+        state[name] = parts.reshape(legacy.state_dict()[name].shape)
+    new.load_state_dict(state)
+    x = torch.randn(2, 64, 5, 3)
+    assert float((legacy(x) - new(x)).abs().max()) < 1e-4
+    assert float((legacy(x) - x).std()) > 0.1
+
+
+@torch.no_grad()
+def test_a_fresh_network_gives_zero_and_a_residual_block_its_input() -> None:
+    network = UNetModel(**SMALL).eval()
+    x = torch.randn(1, 3, 8, 8)
+    assert not network(x, torch.tensor([5.0])).any()
+    block = network.middle_block[0]
+    hidden = torch.randn(1, 64, 4, 4)
+    assert torch.equal(block(hidden, torch.randn(1, 128)), hidden)
+
+
+@torch.no_grad()
+def test_class_numbers_reach_a_network_with_label_embedding() -> None:
+    network = UNetModel(**SMALL, num_classes=5).eval()
+    for parameter in network.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    x, timesteps = torch.randn(2, 3, 8, 8), torch.tensor([5.0, 5.0])
+    first, second = (network(x, timesteps, y=torch.tensor(labels)) for labels in ([0, 1], [0, 4]))
+    assert float((first[0] - second[0]).abs().max()) < 1e-5
+    assert float((first[1] - second[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": -1}, "neither num_heads nor num_head_channels"),
+        ({"channel_mult": [2, 2]}, r"channel_mult\[0\]=2"),
+        ({"dims": 3}, "dims=3"),
+        ({"n_embed": 16}, "n_embed=16"),
+        ({"num_classes": "sequential"}, "adm_in_channels"),
+        ({"surprise": 1, "another": 2}, "parameters another, surprise"),
+    ],
+)
+def test_unsupported_parameters(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        UNetModel(**{**SMALL, **change})
+
+
+@pytest.mark.parametrize("method", ["bilinear", "area", "nearest", "bicubic"])
+@torch.no_grad()
+def test_rescaler_equals_interpolation(method: str) -> None:
+    rescaler = SpatialRescaler(n_stages=1, method=method, in_channels=4)
+    for size in ((8, 12), (9, 7)):
+        x = torch.randn(2, 4, *size)
+        expected = torch.nn.functional.interpolate(x, scale_factor=0.5, mode=method)
+        assert float((rescaler(x) - expected).abs().max()) < 1e-6

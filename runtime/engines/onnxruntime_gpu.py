@@ -36,7 +36,8 @@ def open_on_gpu(bundle: Bundle, component: Component, precision: str, options: E
     require(provider)
     settings = {"device_id": str(index)}
     graph = "1" if options.cuda_graph else "0"
-    providers: list[tuple[str, dict[str, str]]] = [("CUDAExecutionProvider", dict(settings))]
+    # The provider would compute fp32 in TF32 otherwise.
+    providers: list[tuple[str, dict[str, str]]] = [("CUDAExecutionProvider", {**settings, "use_tf32": "0"})]
     if provider == "TensorrtExecutionProvider":
         cache = engines_folder(bundle, options.cache) / f"onnxruntime-{onnxruntime.__version__}-{variant.sha256[:16]}"
         settings |= tensorrt_settings(precision, cache) | {"trt_cuda_graph_enable": graph}

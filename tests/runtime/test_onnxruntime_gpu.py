@@ -156,7 +156,11 @@ def test_a_provider_that_does_not_load_is_an_error_and_not_a_fallback(
 @pytest.mark.parametrize(
     ("device", "options", "expected_settings"),
     [
-        ("cuda:1", {"cuda_graph": True}, {"CUDAExecutionProvider": {"device_id": "1", "enable_cuda_graph": "1"}}),
+        (
+            "cuda:1",
+            {"cuda_graph": True},
+            {"CUDAExecutionProvider": {"device_id": "1", "enable_cuda_graph": "1", "use_tf32": "0"}},
+        ),
         ("gpu", {}, {"CUDAExecutionProvider": {"device_id": "0", "enable_cuda_graph": "0"}}),
         (
             "tensorrt",

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := export calibration runtime benchmarks
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types bench-peers clean
+.PHONY: demo test compile check lint types bench-peers clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ demo: $(VENV)/demo-installed
 
 test: $(VENV)/dev-installed
 	$(BIN)/python -m pytest -m "not slow and not gpu and not aarch64"
+
+# Tiny models of every kind through TensorRT-RTX's compiler, which needs no GPU: minutes.
+compile: $(VENV)/dev-installed
+	$(BIN)/python -m pytest -m slow tests/export/tensorrt
 
 check: lint types
 

@@ -28,6 +28,7 @@ from latentedge.export.sources import load_source
 from latentedge.export.tensorrt.builder import CHECKED_CAPABILITIES, build
 from latentedge.runtime.bundle import Bundle
 from tests.export.sources import diffusers_models
+from tests.export.tiny import tiny_model
 
 DEFAULT_MODEL = Path(__file__).parents[3] / "examples/emoji"
 #: The default model, Stable Diffusion 1.5, SDXL, inpainting with nine channels, and an LDM with a codebook.
@@ -70,6 +71,14 @@ def noise_statistics(channels: int) -> TensorStatistics:
     statistics = TensorStatistics.empty(channels)
     statistics.observe(np.random.default_rng(0).standard_normal((8, channels)).astype(np.float32), 1, 0.0)
     return statistics
+
+
+def test_a_denoiser_and_a_decoder_compile(tmp_path: Path) -> None:
+    bundle = export_source(tiny_model(), tmp_path / "tiny.bundle", ExportOptions(("fp32", "fp16")))
+    rows = build(BuildRequest(bundle, "tensorrt-rtx", check=True, notify=lambda message: None))
+    assert [(row.component, row.precision, row.errors) for row in rows] == [
+        (component, precision, ()) for precision in ("fp32", "fp16") for component in ("unet", "vae_decoder")
+    ]
 
 
 @pytest.mark.slow

@@ -174,7 +174,13 @@ def main(
         ours = write_plan(setting.bundle, plan, evidence, scratch / "ours.onnx")
         cost = clock.cost()
         judge = Judge(setting, probes)
-        rows.append(dataclasses.replace(judge.row("latentedge, no layer kept back", ours, timed=True), **cost))
+        rows.append(
+            dataclasses.replace(
+                judge.row("latentedge, no layer kept back", ours, timed=True),
+                seconds=cost["seconds"],
+                peak_mib=cost["peak_mib"],
+            )
+        )
         recorded = scratch / "inputs.npz"
         entries = {
             f"{i}/{name}": array for i, entry in enumerate(recorded_inputs(setting)) for name, array in entry.items()
@@ -185,7 +191,11 @@ def main(
             graph = scratch / f"tool{number}{ending}"
             spent = in_own_process(label, model, recorded, graph)
             if spent is not None and graph.is_file():
-                rows.append(dataclasses.replace(judge.row(label, graph, timed=True), **spent))
+                rows.append(
+                    dataclasses.replace(
+                        judge.row(label, graph, timed=True), seconds=spent["seconds"], peak_mib=spent["peak_mib"]
+                    )
+                )
         _add_calibrated(setting, judge, rows)
     print_rows(rows, output)
 

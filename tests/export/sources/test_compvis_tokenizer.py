@@ -114,7 +114,12 @@ def test_none_beside_and_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(LatentEdgeError, match="cannot be read"):
         find_tokenizer(tmp_path, None, BERT)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+
+    def offline(name: str) -> None:
+        raise OSError(f"cannot reach the hub to look for {name}")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(LatentEdgeError, match="nobody/no-such-tokenizer cannot be loaded") as caught:
         find_tokenizer(tmp_path, "nobody/no-such-tokenizer", BERT)
     assert caught.value.hint is not None

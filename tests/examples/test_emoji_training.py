@@ -139,9 +139,9 @@ def _denoiser(steps: int) -> DenoiserTrainer:
 
 
 def test_denoiser_learns() -> None:
-    trainer, corpus = _denoiser(40), _corpus()
+    trainer, corpus = _denoiser(25), _corpus()
     fixed = corpus.batch(8, trainer.session.random)
-    values = [trainer.step(*fixed) for _ in range(40)]
+    values = [trainer.step(*fixed) for _ in range(25)]
     assert np.mean(values[-5:]) < 0.85 * np.mean(values[:5])
 
 
@@ -189,6 +189,21 @@ def test_noise_and_v_are_a_rotation() -> None:
     signal, deviation = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
     torch.testing.assert_close(signal * noisy - deviation * v, latents, atol=1e-5, rtol=0)
     torch.testing.assert_close(deviation * noisy + signal * v, noise, atol=1e-5, rtol=0)
+
+
+def test_noisy_timesteps_count_fully_and_clean_ones_less() -> None:
+    output, target = torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
+    losses_by_alpha = [float(diffusion.v_loss(output, target, torch.tensor([alpha]))) for alpha in (0.01, 0.5, 0.99)]
+    assert losses_by_alpha == pytest.approx([1.0, 1.0, 0.05], rel=1e-4)
+
+
+def test_every_second_channel_starts_with_a_reference() -> None:
+    torch.manual_seed(0)
+    plain, referenced = (training.build(FIRST_STAGES["kl"]) for _ in range(2))
+    referenced.load_state_dict(plain.state_dict())
+    training.start_with_references(referenced)
+    bias = referenced.encoder.conv_in.bias - plain.encoder.conv_in.bias
+    assert bias.tolist() == pytest.approx([0.0, 1.0] * 32)
 
 
 def test_timesteps_are_spread_over_the_schedule() -> None:

@@ -99,8 +99,8 @@ def engines_folder(bundle: Bundle, cache: Path | None) -> Path:
 
 
 def read_plans(folder: Path) -> list[Plan]:
-    """Every built engine in ``folder``; :class:`BundleError` names a key file that cannot be read."""
-    return [read_plan(path.parent) for path in sorted(folder.glob(f"*/{KEY_NAME}"))]
+    """Every built engine in ``folder``, but none that is being written; :class:`BundleError` names a damaged key file."""
+    return [read_plan(path.parent) for path in sorted(folder.glob(f"[!.]*/{KEY_NAME}"))]
 
 
 def read_plan(folder: Path) -> Plan:

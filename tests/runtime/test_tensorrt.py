@@ -314,6 +314,13 @@ def test_a_plan_of_the_wrong_size_and_one_that_does_not_load_are_errors(world: W
     assert world.cuda.live() == 0
 
 
+def test_an_engine_that_is_being_written_is_not_seen(world: World):
+    folder = world.plan()
+    folder.rename(folder.with_name(f".{folder.name}.partial"))
+    with pytest.raises(EngineError, match="holds no"):
+        world.open()
+
+
 def test_a_damaged_key_file_is_an_error_that_names_it(world: World):
     folder = world.plan()
     (folder / KEY_NAME).write_text("{}")

@@ -111,13 +111,15 @@ def measure_export(folder: Path, precision: str) -> dict[str, Any]:
     start = time.perf_counter()
     done = subprocess.run([*command, "--precision", precision, "--json"], stdout=subprocess.PIPE, check=True)
     seconds = time.perf_counter() - start
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     shutil.rmtree(bundle)
     return {
         "precision": precision,
         "seconds": round(seconds, 1),
+        "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
         # Linux counts kibibytes.
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+        "peak_gib": round(used.ru_maxrss / 2**20, 2),
         "bundle_gb": round(size / 1e9, 2),
         "components": json.loads(done.stdout)["components"],
     }

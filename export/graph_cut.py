@@ -133,9 +133,7 @@ def _greedy(graph: CutGraph, candidates: Sequence[int], limit: int) -> list[int]
     positions: list[int] = []
     begin = 0
     while (sizes := graph.weights_from(begin))[-1] > limit:
-        fitting = {
-            index: size for index in candidates if index > begin and (size := sizes[index - begin - 1]) <= limit
-        }
+        fitting = {index: size for index in candidates if index > begin and (size := sizes[index - begin - 1]) <= limit}
         if not fitting or max(fitting.values()) == 0:
             return None
         # Of the cuts that leave a part at least half as full as it could be: the one that passes the least on.

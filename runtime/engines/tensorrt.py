@@ -206,7 +206,9 @@ class TensorRTEngine(Engine):
         with self._device.use():
             self.drop_graph()
             self._free_buffers()
-            command = rebuild_command(self._bundle, self.backend, self.precision) + ", with --batch, --size or --low-memory"
+            command = (
+                rebuild_command(self._bundle, self.backend, self.precision) + ", with --batch, --size or --low-memory"
+            )
             plan = choose_plan(self._plans, self.axes, command)
             if plan is not self._plan:
                 self._load(plan)

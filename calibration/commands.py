@@ -155,7 +155,7 @@ def print_outcome(outcome: Outcome) -> None:
         table.add_column(name, justify="left" if name == "precision" else "right")
     rows: dict[str, dict[str, Any]] = {}
     for record in outcome.records:
-        rows.setdefault(f"{record['backend']} {record['precision']}", {}).update(
+        rows.setdefault(f"{record.get('backend', 'any')} {record['precision']}", {}).update(
             {f"{record['kind']}.{name}": value for name, value in record.items()}
         )
     for precision in sorted(rows, key=lambda name: rows[name].get("latency.ratio", 0.0)):

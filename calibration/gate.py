@@ -196,7 +196,11 @@ class _Shot:
     def record(self, bundle: Bundle) -> Record:
         with Studio(bundle, self.target, self.precision) as studio:
             drawn = studio.with_denoiser(self.engine, self.requests)
-        return quality_record(self.precision, self.target.backend, self.reference, drawn, self.floor_db)
+        record = quality_record(self.precision, self.target.backend, self.reference, drawn, self.floor_db)
+        if not self.target.timed:
+            # The Q/DQ graph fixes the arithmetic, so its pictures stand for the engine that is not here.
+            record["measured_with"] = record.pop("backend")
+        return record
 
     def best(self, bundle: Bundle, correction: Record | None) -> tuple[Bundle, Record]:
         """The bundle with the correction where the pictures are closer with it, and the record of what was kept."""

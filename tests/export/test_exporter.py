@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from latentedge.export import onnx_files
 from latentedge.export.errors import ExportError
 from latentedge.export.exporter import REFERENCE_MISSING, ExportOptions, export_source
 from latentedge.export.model import TokenizerSource
@@ -126,6 +127,17 @@ def test_precision_that_only_fp16_leaves_no_fp32_graph(tmp_path: Path) -> None:
     assert list(bundle.component("vae_decoder").variants) == ["fp16"]
     assert [path.name for path in (bundle.path / "vae_decoder").iterdir()] == ["model.fp16.onnx"]
     assert verify_bundle(bundle.path, "onnxruntime").ok
+
+
+def test_external_weights_in_both_precisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_files, "EXTERNAL_DATA_LIMIT", 1000)
+    model = tiny_model(component(DECODER, TinyDecoder))
+    bundle = export_source(model, tmp_path / "large.bundle", ExportOptions(("fp32", "fp16")))
+    files = ["model.fp16.onnx", "model.fp16.onnx.data", "model.onnx", "model.onnx.data"]
+    assert left_behind(bundle.path / "vae_decoder") == files
+    report = verify_bundle(bundle.path, "onnxruntime")
+    assert report.ok
+    assert {"vae_decoder/model.onnx.data", "vae_decoder/model.fp16.onnx.data"} <= {c.subject for c in report.checks}
 
 
 class DependsOnMode(nn.Module):

@@ -22,7 +22,7 @@ from latentedge.export.errors import ExportError
 from latentedge.export.onnx_files import save_model, variant_of
 from latentedge.export.session import HostSession
 from latentedge.runtime.bundle import Array, Axis, Bundle, Component, Dimension, TensorSpec
-from latentedge.runtime.engines.hoisted import PARTS, part_name
+from latentedge.runtime.engines.hoisted import DENOISER, PARTS, part_name
 from latentedge.runtime.errors import ParityError
 from latentedge.runtime.parity import TensorParity, compare
 
@@ -37,7 +37,6 @@ FLOOR_DB = 100.0
 #: How much further from fp32 the parts may be than the whole graph in the same precision.
 ALLOWED_LOSS_DB = 1.0
 
-DENOISER = "unet"
 #: The precision that is split; the others are cut at the same values, and the hoisted parts run in it.
 REFERENCE = "fp32"
 

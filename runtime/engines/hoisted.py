@@ -14,6 +14,9 @@ from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec, grap
 from latentedge.runtime.engines.base import Engine, EngineOptions
 from latentedge.runtime.errors import UsageError
 
+#: The component that may be in parts.
+DENOISER = "unet"
+
 #: The parts in the order in which they run; a part that would hold nothing is not there.
 PARTS = ("conditioning", "timestep", "step")
 
@@ -40,6 +43,8 @@ def open_parts(
 
     The hoisted parts run in fp32: they run once for a prompt or a timestep, and everything after depends on them.
     """
+    if component.name != DENOISER:
+        return None
     components = bundle.manifest.components
     found = {part: components[name] for part in PARTS if (name := part_name(component.name, part)) in components}
     if PARTS[-1] not in found or graph_precision(precision) not in found[PARTS[-1]].variants:

@@ -16,7 +16,7 @@ from latentedge.runtime.bundle import Array, Bundle, file_sha256
 from latentedge.runtime.engines import EngineOptions, open_engine
 from latentedge.runtime.errors import UsageError
 
-from .tiny import UNET, TinyDenoiser, component, tiny_model
+from .tiny import DECODER, UNET, TinyDecoder, TinyDenoiser, component, tiny_model
 
 AXES = {"batch": 1, "latent_height": 8, "latent_width": 12}
 
@@ -24,7 +24,8 @@ AXES = {"batch": 1, "latent_height": 8, "latent_width": 12}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("caching") / "tiny.bundle"
-    export_source(tiny_model(component(UNET, TinyDenoiser)), path, ExportOptions(precisions=("fp32", "fp16")))
+    model = tiny_model(component(UNET, TinyDenoiser), component(DECODER, TinyDecoder))
+    export_source(model, path, ExportOptions(precisions=("fp32", "fp16")))
     hoist_bundle(path)
     assert cut_bundle(path) == ("unet.full", "unet.shallow")
     return path
@@ -85,6 +86,12 @@ def test_a_new_prompt_begins_a_new_picture(bundle: Path) -> None:
             arrays = inputs(timestep, seed)
             expected, found = plain.run(arrays)["out_sample"], cached.run(arrays)["out_sample"]
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def test_other_components_open_as_ever(bundle: Path) -> None:
+    options = EngineOptions(threads=1, cache_interval=3)
+    with open_engine(Bundle.open(bundle), "vae_decoder", "onnxruntime", "fp32", options) as engine:
+        assert engine.component.name == "vae_decoder"
 
 
 def test_what_is_not_there_is_an_error(bundle: Path, tmp_path: Path) -> None:

@@ -152,3 +152,16 @@ def test_a_damaged_graph_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with open_engine(bundle, component, "fp32", OPTIONS) as engine, pytest.raises(EngineError, match="refused"):
         engine.bind(batch=1)
+
+
+def test_the_cache_tells_precisions_apart(tmp_path: Path) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not compute in bf16")
+    options = EngineOptions(threads=1, cache=tmp_path / "cache")
+    bundle, component = make_bundle(tmp_path / "bundle")
+    x = np.random.default_rng(2).standard_normal((2, 48)).astype(np.float32)
+    exact = x @ WEIGHT
+    for precision, low, high in (("fp32", 0.0, 1e-5), ("bf16", 1e-4, 2e-2), ("fp32", 0.0, 1e-5), ("bf16", 1e-4, 2e-2)):
+        with open_engine(bundle, component, precision, options) as engine:
+            error = np.abs(engine.run({"x": x})["y"] - exact).max() / np.abs(exact).max()
+        assert low <= error < high, precision

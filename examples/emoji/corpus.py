@@ -40,7 +40,8 @@ class Corpus:
     ) -> tuple[Tensor, Tensor]:
         """Random seen combinations and one of their captions: latents [count, 4, 16, 16], ids [count, tokens]."""
         names, white = list(BACKGROUNDS), list(BACKGROUNDS).index(DEFAULT_BACKGROUND)
-        places, sentences = [], []
+        places: list[tuple[int, int, int]] = []
+        sentences: list[str] = []
         while len(places) < count:
             concept, style = int(random.integers(len(self.concepts))), int(random.integers(len(STYLES)))
             background = white if random.random() < WHITE_SHARE else int(random.integers(len(names)))

@@ -114,7 +114,7 @@ def main(folder: Path, steps: int, guidance_scale: float, prompts: int, threads:
         corpus = arrays["latents"]
     model = Model(first_stage, denoiser, parameters, read_concepts(), corpus)
     new = held_out(len(model.concepts))
-    sampling = {"steps": steps, "guidance_scale": guidance_scale, "seed": 11}
+    sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": 11}
     figures: dict[str, Any] = {
         "autoencoder_decibels": round(decibels, 2),
         "autoencoder_pictures": len(unseen),

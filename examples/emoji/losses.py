@@ -57,4 +57,5 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     (of_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     ratio = of_reconstruction.float().norm() / (of_adversarial.float().norm() + 1e-4)
-    return ratio.clamp(0.0, 1e4).detach()
+    weight: Tensor = ratio.clamp(0.0, 1e4).detach()
+    return weight

@@ -62,7 +62,8 @@ def reconstruct(network: Any, pictures: Tensor, noise: torch.Generator, bf16: bo
             return network.reconstruct(codewords).float(), loss
         posterior = network.encode(pictures)
         drawn = network.decode(posterior.sample(noise)).float()
-    return drawn, KL_WEIGHT * posterior.kl().float().mean() / posterior.mean[0].numel()
+    divergence: Tensor = posterior.kl().float().mean() / posterior.mean[0].numel()
+    return drawn, KL_WEIGHT * divergence
 
 
 class AutoencoderTrainer:
@@ -109,7 +110,9 @@ class AutoencoderTrainer:
     def _adversarial(self, reconstruction: Tensor, drawn: Tensor) -> Tensor:
         adversarial = -self.discriminator(drawn).mean()
         last = self.network.decoder.conv_out.weight
-        return DISCRIMINATOR_WEIGHT * losses.adaptive_weight(reconstruction, adversarial, last) * adversarial
+        weight = DISCRIMINATOR_WEIGHT * losses.adaptive_weight(reconstruction, adversarial, last)
+        weighted: Tensor = weight * adversarial
+        return weighted
 
     def _train_discriminator(self, pictures: Tensor, drawn: Tensor) -> None:
         loss = losses.discriminator_loss(self.discriminator(pictures), self.discriminator(drawn))
@@ -191,7 +194,7 @@ def main(
     with Progress(
         *Progress.get_default_columns(), TextColumn("step {task.fields[step]} loss {task.fields[loss]:.4f}")
     ) as bar:
-        task = bar.add_task("autoencoder", total=1.0, completed=pace.progress, step=pace.step, loss=0.0)
+        task = bar.add_task("autoencoder", total=1.0, step=pace.step, loss=0.0)
         while pace.progress < 1.0:
             size = SIZE // 2 if pace.progress < crops_until else SIZE
             loss = trainer.step(batch(pictures.pictures, likelihood, batch_size, size, session.random))

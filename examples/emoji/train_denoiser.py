@@ -140,7 +140,7 @@ def main(
     session.resume(state)
     columns = (*Progress.get_default_columns(), TextColumn("step {task.fields[step]} loss {task.fields[loss]:.4f}"))
     with Progress(*columns) as bar:
-        task = bar.add_task("denoiser", total=1.0, completed=pace.progress, step=pace.step, loss=0.0)
+        task = bar.add_task("denoiser", total=1.0, step=pace.step, loss=0.0)
         while pace.progress < 1.0:
             loss = trainer.step(*corpus.batch(batch_size, session.random))
             bar.update(task, completed=pace.progress, step=pace.step, loss=loss)

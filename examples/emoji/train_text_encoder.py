@@ -102,7 +102,7 @@ def main(folder: Path, minutes: float, batch_size: int, learning_rate: float, th
     session.resume(state)
     columns = (*Progress.get_default_columns(), TextColumn("step {task.fields[step]} error {task.fields[error]:.4f}"))
     with Progress(*columns) as bar:
-        task = bar.add_task("text encoder", total=1.0, completed=session.pace.progress, step=0, error=0.0)
+        task = bar.add_task("text encoder", total=1.0, step=0, error=0.0)
         while session.pace.progress < 1.0:
             error = trainer.step(*corpus.batch(batch_size, session.random, dropped=0.0))
             bar.update(task, completed=session.pace.progress, step=session.pace.step, error=error)

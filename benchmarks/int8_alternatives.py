@@ -147,6 +147,7 @@ def in_own_process(tool: str, model: Path, inputs: Path, output: Path) -> dict[s
 @click.option("--pictures", default=8)
 @click.option("--prompts", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path))
+@click.option("--only", default="", help="Run only the tools whose row's name begins with this.")
 @click.option("--work", "tool", hidden=True)
 @click.option("--inputs", type=click.Path(path_type=Path), hidden=True)
 def main(
@@ -156,6 +157,7 @@ def main(
     pictures: int,
     prompts: Path | None,
     output: Path | None,
+    only: str,
     tool: str | None,
     inputs: Path | None,
 ) -> None:
@@ -187,7 +189,8 @@ def main(
         }
         np.savez(recorded, **entries)  # type: ignore[arg-type]
         model = setting.bundle.variant("unet", "fp32")[0]
-        for number, (label, (_, ending, _)) in enumerate(TOOLS.items()):
+        chosen = {label: entry for label, entry in TOOLS.items() if label.startswith(only)}
+        for number, (label, (_, ending, _)) in enumerate(chosen.items()):
             graph = scratch / f"tool{number}{ending}"
             spent = in_own_process(label, model, recorded, graph)
             if spent is not None and graph.is_file():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -188,7 +189,11 @@ def main(
             f"{i}/{name}": array for i, entry in enumerate(recorded_inputs(setting)) for name, array in entry.items()
         }
         np.savez(recorded, **entries)  # type: ignore[arg-type]
-        model = setting.bundle.variant("unet", "fp32")[0]
+        # A copy, because Model Optimizer writes to the file that it is given.
+        original = setting.bundle.variant("unet", "fp32")[0]
+        for file in (original, *original.parent.glob(f"{original.name}.data")):
+            shutil.copy2(file, scratch / file.name)
+        model = scratch / original.name
         chosen = {label: entry for label, entry in TOOLS.items() if label.startswith(only)}
         for number, (label, (_, ending, _)) in enumerate(chosen.items()):
             graph = scratch / f"tool{number}{ending}"

@@ -55,7 +55,12 @@ print(sorted(name for name in sys.modules if name.startswith("latentedge.") or n
     ],
 )
 def test_exit_codes_and_messages(
-    arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(arguments, debug=False) == code

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from latentedge.export.builders import BuildRequest, components_to_build
-from latentedge.export.hoisting import DENOISER, REFERENCE, hoist_bundle
+from latentedge.export.hoisting import REFERENCE, hoist_bundle
 from latentedge.export.step_caching import cut_bundle
 from latentedge.runtime.bundle import Bundle, graph_precision
 from latentedge.runtime.engines import EngineOptions, open_engine
+from latentedge.runtime.engines.hoisted import DENOISER
 from latentedge.runtime.errors import PrecisionError
 from latentedge.runtime.selection import PRECISIONS
 

@@ -16,7 +16,6 @@ import onnx_ir as ir
 from latentedge.export.bundle_writer import write_manifest
 from latentedge.export.errors import ExportError
 from latentedge.export.hoisting import (
-    DENOISER,
     FLOOR_DB,
     REFERENCE,
     axis_lengths,
@@ -29,7 +28,7 @@ from latentedge.export.hoisting import (
 from latentedge.export.onnx_files import variant_of
 from latentedge.export.session import HostSession
 from latentedge.runtime.bundle import Array, Bundle, Component, Variant
-from latentedge.runtime.engines.hoisted import FULL, SHALLOW, part_name
+from latentedge.runtime.engines.hoisted import DENOISER, FULL, SHALLOW, part_name
 from latentedge.runtime.errors import ParityError, UsageError
 from latentedge.runtime.parity import FLOORS, compare
 

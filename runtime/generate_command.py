@@ -119,9 +119,21 @@ def generate(
     if size is not None:
         options["height"], options["width"] = size_from(size)
     options = {name: value for name, value in options.items() if value is not None}
-    requests = _requests(prompt, prompts, seed, options, replay)
+    recorded: dict[str, Any] = {}
+    if replay is not None:
+        if prompt is not None or prompts is not None or seed is not None:
+            raise UsageError("--from takes prompt and seed from the picture; leave them out.")
+        recorded = request_of(replay)
+        backend = recorded.pop("backend", backend) if backend == "auto" else backend
+        precision = recorded.pop("precision", precision) if precision == "auto" else precision
+        cache_interval = recorded.pop("cache_interval", 1)
+        requests = [_replayed(recorded, options)]
+    else:
+        requests = _requests(prompt, prompts, seed, options)
     engine_options = EngineOptions(low_memory=low_memory, cache_interval=cache_interval)
     with Pipeline.open(bundle, backend, precision, options=engine_options) as pipeline:
+        if recorded and recorded.get("bundle") != pipeline.digest():
+            click.echo(f"warning: {replay} was drawn from another bundle than {bundle}", err=True)
         shower = Shower(pipeline, preview, preview_every) if preview is not None else None
         drawn = list(_draw(pipeline, requests, output, shower))
     if sheet is not None:
@@ -133,16 +145,16 @@ def generate(
         click.echo(json.dumps(rows, indent=2, default=str))
 
 
+def _replayed(recorded: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The request of a picture file, with what the command line says anew; "rng" always has a value there."""
+    kept = {name: value for name, value in recorded.items() if name not in ("bundle", "backend", "precision")}
+    return {**kept, **{name: value for name, value in options.items() if name != "rng"}}
+
+
 def _requests(
-    prompt: str | None, prompts: Path | None, seed: str | None, options: dict[str, Any], replay: Path | None
+    prompt: str | None, prompts: Path | None, seed: str | None, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One request for each prompt and seed."""
-    if replay is not None:
-        if prompt is not None or prompts is not None or seed is not None:
-            raise UsageError("--from takes prompt and seed from the picture; leave them out.")
-        recorded = request_of(replay)
-        recorded.pop("bundle", None)
-        return [{**recorded, **{name: value for name, value in options.items() if name != "rng"}}]
     texts: list[str | None] = [prompt]
     if prompts is not None:
         if prompt is not None:
@@ -199,7 +211,9 @@ def _resolved(pipeline: Any, request: dict[str, Any], result: Any) -> dict[str, 
     used = {"steps": defaults.steps, "sampler": defaults.sampler, "guidance_scale": defaults.guidance_scale}
     recorded = {name: value for name, value in used.items() if value is not None}
     recorded |= {name: request[name] for name in ("prompt", *REPLAYED) if name in request}
-    return {**recorded, "seed": result.seed, "backend": pipeline.backend, "precision": pipeline.precision}
+    interval = {"cache_interval": pipeline.options.cache_interval} if pipeline.options.cache_interval > 1 else {}
+    engine = {"backend": pipeline.backend, "precision": pipeline.precision, **interval}
+    return {**recorded, "seed": result.seed, **engine}
 
 
 class Shower:

@@ -99,7 +99,7 @@ class Pipeline:
         self.backend = backend
         self.precision = precision
         self._bundle = bundle
-        self._options = options or EngineOptions()
+        self.options = options or EngineOptions()
         self._engines: dict[str, Engine] = dict(engines or {})
 
     @classmethod
@@ -131,10 +131,10 @@ class Pipeline:
     def engine(self, component: str) -> Engine:
         """The loaded engine of a component; with ``low_memory`` the others are closed first."""
         if component not in self._engines:
-            if self._options.low_memory:
+            if self.options.low_memory:
                 self.close()
             precision = selection.component_precision(self._bundle.component(component), self.precision, self.backend)
-            self._engines[component] = open_engine(self._bundle, component, self.backend, precision, self._options)
+            self._engines[component] = open_engine(self._bundle, component, self.backend, precision, self.options)
         return self._engines[component]
 
     def digest(self) -> str:
@@ -427,7 +427,7 @@ class Pipeline:
         elif unconditional is not None:
             branches, index = [conditioner.branch(unconditional, concat), branches[0]], 1
             combine = guidance.classifier_free(run.guidance_scale, run.request.guidance_rescale)
-        return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=self._options.low_memory)
+        return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=self.options.low_memory)
 
     def _keep_known(self, run: _Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
         """Put the noised picture back outside of the mask after every step (a model without a mask input)."""

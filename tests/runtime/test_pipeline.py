@@ -60,7 +60,7 @@ def test_guidance_in_two_runs_equals_one_batch() -> None:
     unet, batches = counting_unet()
     manifest = bundles.text_manifest()
     low = bundles.pipeline(manifest, unet=unet)
-    low._options = EngineOptions(low_memory=True)
+    low.options = EngineOptions(low_memory=True)
     together = draw(bundles.pipeline(manifest), latents=LATENTS)
     apart = draw(low, latents=LATENTS)
     assert batches == [2] * 10

@@ -1,0 +1,85 @@
+"""`latentedge generate`: files that say how they were drawn, replays, seeds, sheets, Ctrl-C."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentedge.runtime.cli import run
+from latentedge.runtime.errors import UsageError
+from latentedge.runtime.generate_command import seeds_from, size_from
+from latentedge.runtime.picture_files import request_of
+from latentedge.runtime.pipeline import Pipeline
+from tests.runtime import bundles
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs the command on a null pipeline that needs no prompt, in an empty folder."""
+    opened: list[tuple[Any, ...]] = []
+
+    def open_null(path: Path, backend: str, precision: str, *, options: Any) -> Pipeline:
+        opened.append((backend, precision))
+        manifest = bundles.text_manifest(task="unconditional")
+        pipeline = bundles.pipeline(manifest, unet=bundles.unet)
+        pipeline.options = options
+        monkeypatch.setattr(pipeline, "digest", lambda: "d" * 64)
+        original = pipeline.generate
+        ids = {"prompt_ids": np.array([[1, 2, 3, 4, 5]]), "negative_prompt_ids": np.array([[5, 4, 3, 2, 1]])}
+        monkeypatch.setattr(pipeline, "generate", lambda prompt=None, **rest: original(None, **ids, **rest))
+        return pipeline
+
+    monkeypatch.setattr(Pipeline, "open", open_null)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run(["generate", "x.bundle", *arguments], debug=True)
+
+
+def test_a_picture_is_drawn_again_identically(command: Any) -> None:
+    assert command("-o", "a.png", "--seed", "7", "--steps", "3", "--sampler", "euler_a") == 0
+    assert request_of(Path("a.png"))["sampler"] == "euler_a"
+    assert command("--from", "a.png", "-o", "b.png") == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert command("--from", "a.png", "-o", "c.png", "--steps", "4") == 0
+    assert np.asarray(Image.open("a.png")).tolist() != np.asarray(Image.open("c.png")).tolist()
+    assert command("--from", "a.png", "--seed", "8", "-o", "d.png") == 2
+
+
+def test_one_picture_for_each_seed(command: Any) -> None:
+    assert command("-o", "p.png", "--seed", "3-5", "--sheet", "sheet.png") == 0
+    assert sorted(path.name for path in Path().glob("p-*.png")) == ["p-1.png", "p-2.png", "p-3.png"]
+    assert [request_of(path)["seed"] for path in sorted(Path().glob("p-*.png"))] == [3, 4, 5]
+    assert Image.open("sheet.png").width > 3 * 160
+
+
+def test_previews_and_ctrl_c(command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+
+    def interrupted_unet(inputs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return FUNCTIONS_UNET(inputs)
+
+    monkeypatch.setattr(bundles, "unet", interrupted_unet)
+    code = command("-o", "a.png", "--seed", "1", "--preview", "preview.png", "--preview-every", "2")
+    assert code == 130
+    assert "The last preview is preview.png" in capsys.readouterr().err
+    assert Image.open("preview.png").size == (32, 32)
+    assert not Path("a.png").exists()
+
+
+FUNCTIONS_UNET = bundles.unet
+
+
+def test_seeds_and_sizes() -> None:
+    assert seeds_from("7") == [7]
+    assert seeds_from("1,2, 5-7") == [1, 2, 5, 6, 7]
+    assert size_from("768x512") == (512, 768)
+    assert size_from("256") == (256, 256)
+    for wrong in ("a", "", "1-", "5-3"):
+        with pytest.raises(UsageError, match="--seed"):
+            seeds_from(wrong)

@@ -308,6 +308,21 @@ class Bundle:
             )
         return self.file(variants[precision].path), variants[precision]
 
+    def check_graphs(self, name: str, precision: str) -> None:
+        """Compare the graph of a component (and of the parts it was split into) with its digest, before it runs.
+
+        Weights beside a graph are left to ``latentedge verify``; :class:`BundleError` names a damaged file.
+        """
+        for component in self.manifest.components.values():
+            variant = component.variants.get(graph_precision(precision))
+            if component.name.split(".")[0] != name or variant is None:
+                continue
+            path = self.file(variant.path)
+            if file_sha256(path) != variant.sha256:
+                raise BundleError(
+                    f"{path} is damaged: its SHA-256 is not the manifest's.", hint="export the checkpoint again"
+                )
+
     def digest(self) -> str:
         """SHA-256 of the manifest file, which holds the digest of every other file."""
         return file_sha256(self.path / MANIFEST_NAME)

@@ -41,17 +41,8 @@ class LazyGroup(click.Group):
         """The command ``cmd_name``, loaded; ``None`` if there is none."""
         if cmd_name not in COMMANDS:
             return None
-        target, _, extra = COMMANDS[cmd_name]
-        module, _, attribute = target.partition(":")
-        try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("latentedge"):
-                raise
-            raise MissingDependencyError(
-                f"`latentedge {cmd_name}` needs the Python package {error.name}, which is not installed.",
-                hint=f"pip install 'latentedge[{extra or 'dev'}]'",
-            ) from error
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -87,6 +78,17 @@ def run(arguments: list[str], *, debug: bool) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if debug or error.name is None or error.name.startswith("latentedge"):
+            raise
+        command = next((argument for argument in arguments if argument in COMMANDS), "latentedge")
+        extra = COMMANDS[command][2] if command in COMMANDS else None
+        missing = MissingDependencyError(
+            f"`latentedge {command}` needs the Python package {error.name}, which is not installed.",
+            hint=f"pip install 'latentedge[{extra or 'dev'}]'",
+        )
+        click.echo(f"error: {missing}", err=True)
+        return missing.exit_code
     except (LatentEdgeError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()

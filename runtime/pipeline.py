@@ -134,6 +134,7 @@ class Pipeline:
             if self.options.low_memory:
                 self.close()
             precision = selection.component_precision(self._bundle.component(component), self.precision, self.backend)
+            self._bundle.check_graphs(component, precision)
             self._engines[component] = open_engine(self._bundle, component, self.backend, precision, self.options)
         return self._engines[component]
 

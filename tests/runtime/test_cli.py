@@ -65,3 +65,16 @@ def test_exit_codes_and_messages(
     monkeypatch.chdir(tmp_path)
     assert run(arguments, debug=False) == code
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_library_names_the_extra_that_brings_it() -> None:
+    program = """
+import sys
+sys.modules["onnx"] = sys.modules["rich"] = None
+from latentedge.runtime.cli import run
+sys.exit(run(["calibrate", "x.bundle"], debug=False))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "which is not installed" in done.stderr
+    assert "pip install 'latentedge[calibration]'" in done.stderr

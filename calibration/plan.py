@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentedge.runtime.bundle import structure
 from latentedge.runtime.errors import LatentEdgeError
+from latentedge.runtime.structured import structure
 
 FORMAT = "latentedge-plan"
 VERSION = 1

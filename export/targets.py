@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from latentedge.runtime.bundle import structure
 from latentedge.runtime.errors import UsageError
+from latentedge.runtime.structured import structure
 
 DEFAULT_TARGET = "generic"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from latentedge.runtime.bundle import Array, Bundle, Manifest
 from latentedge.runtime.conditioning import Conditioner, concat_input, repeated
 from latentedge.runtime.correction import corrected
 from latentedge.runtime.denoiser import Branch, Combine, Denoiser
-from latentedge.runtime.engines import Engine, EngineOptions, open_engine
+from latentedge.runtime.engines import BACKENDS, Engine, EngineOptions, open_engine
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.noise import NoiseStream
 from latentedge.runtime.request import Request
+from latentedge.runtime.run import Draws, Run, picture_count
 from latentedge.runtime.samplers import Step
 
 
@@ -37,51 +38,6 @@ class Result:
     latents: Array
     timings: dict[str, Any]
     seed: int | None = None
-
-
-class Draws:
-    """The N(0, 1) draws of one request, in order: recorded ones, or a stream from the seed."""
-
-    def __init__(self, stream: NoiseStream, recorded: Array | None) -> None:
-        self._stream = stream
-        self._recorded = recorded
-        self._taken = 0
-
-    @property
-    def recorded(self) -> bool:
-        """Whether the draws are replayed; a sampler then uses them as they are."""
-        return self._recorded is not None
-
-    def normal(self, shape: tuple[int, ...]) -> Array:
-        """The next draw, float32 of ``shape``; :class:`UsageError` when the recorded ones are used up or do not fit."""
-        if self._recorded is None:
-            return self._stream.normal(shape)
-        if self._taken >= len(self._recorded):
-            raise UsageError(f"noise holds {len(self._recorded)} draws; this request takes more.")
-        draw = np.asarray(self._recorded[self._taken], np.float32)
-        if draw.shape != shape:
-            raise UsageError(f"noise draw {self._taken}: expected {list(shape)}, found {list(draw.shape)}.")
-        self._taken += 1
-        return draw
-
-
-@dataclass
-class _Run:
-    """One request on its way: what the stages hand to each other."""
-
-    request: Request
-    count: int
-    steps: int
-    sampler: str | None
-    schedule: dict[str, Any]
-    guidance_scale: float
-    image_guidance_scale: float
-    strength: float
-    eta: float
-    draws: Draws
-    pictures: Array | None = None
-    mask: Array | None = None
-    timings: dict[str, Any] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -134,7 +90,8 @@ class Pipeline:
             if self.options.low_memory:
                 self.close()
             precision = selection.component_precision(self._bundle.component(component), self.precision, self.backend)
-            self._bundle.check_graphs(component, precision)
+            if BACKENDS[self.backend].reads_graph:
+                self._bundle.check_graphs(component, precision)
             self._engines[component] = open_engine(self._bundle, component, self.backend, precision, self.options)
         return self._engines[component]
 
@@ -220,13 +177,13 @@ class Pipeline:
         """A picture through encoder (the distribution's mode) and decoder."""
         return self._reconstruct(self._prepare(Request(image=image, tile=tile)))
 
-    def _prepare(self, request: Request) -> _Run:
+    def _prepare(self, request: Request) -> Run:
         manifest = self.bundle
         request.check(manifest)
         defaults = manifest.defaults
         seed = request.seed if request.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
         pictures, mask = self._pictures(request)
-        count = _picture_count(request, pictures)
+        count = picture_count(request, pictures)
         schedule = dict(request.schedule if request.schedule is not None else manifest.schedule)
         schedule.setdefault("dialect", manifest.schedule.get("dialect", "diffusers"))
         scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -235,7 +192,7 @@ class Pipeline:
         # A model that takes a picture beside its latent starts from noise; any other starts from the picture.
         full = 1.0 if pictures is None or manifest.conditioning.concat else defaults.strength
         strength = full if request.strength is None else request.strength
-        return _Run(
+        return Run(
             request=request,
             count=count,
             steps=request.steps or defaults.steps,
@@ -283,7 +240,7 @@ class Pipeline:
             unit *= axes["latent_height"].multiple
         return max(height // unit, 1) * unit, max(width // unit, 1) * unit
 
-    def _begin(self, run: _Run) -> tuple[Array, Iterator[Step]]:
+    def _begin(self, run: Run) -> tuple[Array, Iterator[Step]]:
         """The latents that the loop starts from, and the loop."""
         clock = time.perf_counter()
         height, width = self._latent_size(run)
@@ -324,7 +281,7 @@ class Pipeline:
     def _pixels(self, height: int, width: int) -> tuple[int, int]:
         return height * self.bundle.latent.downscale, width * self.bundle.latent.downscale
 
-    def _latent_size(self, run: _Run) -> tuple[int, int]:
+    def _latent_size(self, run: Run) -> tuple[int, int]:
         """Height and width of the latent, checked against what the UNet takes."""
         manifest, request = self.bundle, run.request
         if request.latents is not None:
@@ -348,7 +305,7 @@ class Pipeline:
                 )
         return int(size[0]) // unit, int(size[1]) // unit
 
-    def _start(self, run: _Run, height: int, width: int) -> tuple[Array, int, tuple[Array, Array] | None]:
+    def _start(self, run: Run, height: int, width: int) -> tuple[Array, int, tuple[Array, Array] | None]:
         """Starting latents, the index of the first step, and (picture's latents, noise) where a mask keeps a part."""
         manifest, request = self.bundle, run.request
         shape = (run.count, manifest.latent.channels, height, width)
@@ -379,7 +336,7 @@ class Pipeline:
             raise UsageError(f"latents: expected {list(shape)}, found {list(latents.shape)}.")
         return latents
 
-    def _concat(self, run: _Run, height: int, width: int) -> Array | None:
+    def _concat(self, run: Run, height: int, width: int) -> Array | None:
         entries = self.bundle.conditioning.concat
         if not entries:
             return None
@@ -398,7 +355,7 @@ class Pipeline:
         ]
         return np.concatenate([repeated(part, run.count, "image") for part in parts], axis=1)
 
-    def _is_guided(self, run: _Run) -> bool:
+    def _is_guided(self, run: Run) -> bool:
         """Whether an unconditional branch is evaluated: where the original does, and never at a scale of 1."""
         conditioning, scale = self.bundle.conditioning, run.guidance_scale
         if conditioning.guidance_embedding is not None or conditioning.cross_attention == "none":
@@ -409,7 +366,7 @@ class Pipeline:
 
     def _denoiser(
         self,
-        run: _Run,
+        run: Run,
         conditioner: Conditioner,
         conditional: dict[str, Array],
         unconditional: dict[str, Array] | None,
@@ -430,7 +387,7 @@ class Pipeline:
             combine = guidance.classifier_free(run.guidance_scale, run.request.guidance_rescale)
         return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=self.options.low_memory)
 
-    def _keep_known(self, run: _Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
+    def _keep_known(self, run: Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
         """Put the noised picture back outside of the mask after every step (a model without a mask input)."""
         assert run.mask is not None
         plan = samplers.prepare(run.schedule, run.sampler, run.steps)
@@ -445,13 +402,13 @@ class Pipeline:
             replaced = np.asarray(paint * step.latents + (1 - paint) * kept, np.float32)
             yield step.replace(latents=replaced)
 
-    def _reconstruct(self, run: _Run) -> Result:
+    def _reconstruct(self, run: Run) -> Result:
         assert run.pictures is not None
         latent, tile = self.bundle.latent, run.request.tile
         latents = autoencoder.encode(self.engine("vae_encoder"), latent, run.pictures, tile=tile)
         return self._finish(run, latents)
 
-    def _finish(self, run: _Run, latents: Array) -> Result:
+    def _finish(self, run: Run, latents: Array) -> Result:
         clock = time.perf_counter()
         array = self.decode(latents, run.request.tile)
         compvis = self.bundle.schedule.get("dialect") == "compvis"
@@ -462,14 +419,3 @@ class Pipeline:
         seed = run.timings.pop("seed")
         bytes_ = images.to_bytes(array, truncate=compvis)
         return Result([Image.fromarray(item) for item in bytes_], array, latents, run.timings, seed)
-
-
-def _picture_count(request: Request, pictures: Array | None) -> int:
-    """Pictures of one request: the longest of what was given, times ``batch_size``."""
-    if request.latents is not None:
-        return len(request.latents)
-    given = (request.prompt, request.class_label, request.seed)
-    lengths = [len(value) for value in given if isinstance(value, Sequence) and not isinstance(value, str)]
-    arrays = (request.prompt_ids, request.encoder_hidden_states, pictures)
-    lengths += [len(array) for array in arrays if isinstance(array, np.ndarray)]
-    return max(lengths, default=1) * (request.batch_size or 1)

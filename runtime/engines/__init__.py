@@ -30,6 +30,8 @@ class Backend:
     opener: str = "open_engine"
     #: Whether a denoiser that the bundle holds in parts runs in parts (``hoisted.py``).
     hoisting: bool = False
+    #: Whether it loads the ONNX graph itself; a plan has a key of its own (``plans.py``).
+    reads_graph: bool = True
 
     def installed(self) -> bool:
         """Whether the library can be found, without importing it."""
@@ -40,8 +42,10 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "onnxruntime": Backend("latentedge.runtime.engines.onnxruntime", "onnxruntime", "cpu", hoisting=True),
     "openvino": Backend("latentedge.runtime.engines.openvino", "openvino", "openvino", hoisting=True),
-    "tensorrt": Backend("latentedge.runtime.engines.tensorrt", "tensorrt", "gpu"),
-    "tensorrt-rtx": Backend("latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx", "open_engine_rtx"),
+    "tensorrt": Backend("latentedge.runtime.engines.tensorrt", "tensorrt", "gpu", reads_graph=False),
+    "tensorrt-rtx": Backend(
+        "latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx", "open_engine_rtx", reads_graph=False
+    ),
 }
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentedge.runtime.bundle import Axis, Bundle, Component, Variant, contained_path, structure
+from latentedge.runtime.bundle import Axis, Bundle, Component, Variant, contained_path
 from latentedge.runtime.errors import BundleError, EngineError, UsageError
+from latentedge.runtime.structured import structure
 
 KEY_NAME = "key.json"
 #: The order and meaning of the fields below; a plan of another version is built anew.

@@ -25,6 +25,7 @@ from latentedge.runtime.bundle import (
     TokenizerFile,
     Variant,
     contained_path,
+    file_sha256,
     split_dimension,
 )
 from latentedge.runtime.errors import BundleError, UsageError
@@ -131,3 +132,18 @@ def test_an_absent_precision_lists_those_that_are_there(tmp_path: Path) -> None:
         bundle.variant("unet", "int8")
     with pytest.raises(BundleError, match="missing from the bundle"):
         bundle.variant("unet", "fp32")
+
+
+def test_a_flipped_byte_is_found_before_a_graph_runs(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    graph = tmp_path / "unet" / "model.onnx"
+    graph.write_bytes(b"graph")
+    variant = dataclasses.replace(UNET.variants["fp32"], sha256=file_sha256(graph))
+    part = dataclasses.replace(UNET, name="unet.step", variants={"fp32": variant})
+    manifest = dataclasses.replace(MANIFEST, components={"unet.step": part})
+    bundle = Bundle.open(write(tmp_path, manifest.to_json()))
+    bundle.check_graphs("unet", "bf16")
+    graph.write_bytes(b"grapi")
+    bundle.check_graphs("vae_decoder", "fp32")
+    with pytest.raises(BundleError, match="model.onnx is damaged"):
+        bundle.check_graphs("unet", "bf16")

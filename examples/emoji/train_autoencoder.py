@@ -57,9 +57,8 @@ def reconstruct(network: Any, pictures: Tensor, noise: torch.Generator, bf16: bo
     """Drawn pictures and the latent's own loss: KL for each number of the latent, or the codebook loss."""
     with autocast(bf16):
         if hasattr(network, "quantize"):
-            prequantised = network.prequantised(pictures).float()
-            codewords, loss, _ = network.quantize(prequantised)
-            return network.reconstruct(codewords).float(), loss
+            codewords, loss, _ = network.quantize(network.encode(pictures).float())
+            return network.decode(codewords, force_not_quantize=True).float(), loss
         posterior = network.encode(pictures)
         drawn = network.decode(posterior.sample(noise)).float()
     divergence: Tensor = posterior.kl().float().mean() / posterior.mean[0].numel()

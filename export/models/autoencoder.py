@@ -7,6 +7,7 @@ Module names are those of the CompVis checkpoints (``ldm/modules/diffusionmodule
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 from latentedge.export.models.attention import attend
 from latentedge.export.models.parameters import refuse_unknown, require_value
 from latentedge.export.models.quantise import VectorQuantiser
+from latentedge.export.models.unet import Upsample
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -80,75 +82,36 @@ class Downsample(nn.Module):
         return result
 
 
-class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int, with_convolution: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_convolution else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width] to [batch, channels, 2 * height, 2 * width]."""
-        result: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return result
-
-
 class _Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where the configuration asks for it."""
+    """One resolution: residual blocks, each followed by attention where asked for, then the change of size."""
 
-    def __init__(self, in_channels: int, channels: int, blocks: int, dropout: float, attention: bool) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        dropout: float,
+        attention: bool,
+        **resample: nn.Module | None,
+    ) -> None:
+        """``resample``: "downsample" or "upsample" by name, ``None`` at the level without one."""
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(in_channels if index == 0 else channels, channels, dropout) for index in range(blocks)
         )
         self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
+        for name, module in resample.items():
+            self.add_module(name, module)
 
-    def run_blocks(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.block):
             x = block(x)
             if len(self.attn) > 0:
                 x = self.attn[index](x)
+        for name in ("downsample", "upsample"):
+            if (resample := getattr(self, name, None)) is not None:
+                x = resample(x)
         return x
-
-
-class _DownLevel(_Level):
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        blocks: int,
-        dropout: float,
-        attention: bool,
-        *,
-        downsample: bool,
-        with_convolution: bool,
-    ) -> None:
-        super().__init__(in_channels, channels, blocks, dropout, attention)
-        self.downsample = Downsample(channels, with_convolution) if downsample else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.downsample(self.run_blocks(x))
-        return result
-
-
-class _UpLevel(_Level):
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        blocks: int,
-        dropout: float,
-        attention: bool,
-        *,
-        upsample: bool,
-        with_convolution: bool,
-    ) -> None:
-        super().__init__(in_channels, channels, blocks, dropout, attention)
-        self.upsample = Upsample(channels, with_convolution) if upsample else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.upsample(self.run_blocks(x))
-        return result
 
 
 class _Middle(nn.Module):
@@ -163,43 +126,58 @@ class _Middle(nn.Module):
         return result
 
 
-class Encoder(nn.Module):
-    """Picture to features of the latent's size. Places of attention follow the nominal ``resolution``."""
+@dataclass(frozen=True)
+class StageConfig:
+    """The ``ddconfig`` that encoder and decoder share. Places of attention follow the nominal ``resolution``."""
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        out_ch: int,
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        dropout: float = 0.0,
-        resamp_with_conv: bool = True,
-        double_z: bool = True,
-        use_linear_attn: bool = False,
-        attn_type: str = "vanilla",
-        tanh_out: bool = False,
-        give_pre_end: bool = False,
-    ) -> None:
+    ch: int
+    out_ch: int
+    in_channels: int
+    resolution: int
+    z_channels: int
+    num_res_blocks: int
+    attn_resolutions: Sequence[int]
+    ch_mult: Sequence[int] = (1, 2, 4, 8)
+    dropout: float = 0.0
+    resamp_with_conv: bool = True
+    double_z: bool = True
+    use_linear_attn: bool = False
+    attn_type: str = "vanilla"
+    tanh_out: bool = False
+    give_pre_end: bool = False
+
+    def __post_init__(self) -> None:
+        require_value("a first stage's ddconfig", "attn_type", self.attn_type, "vanilla", "none")
+        require_value("a first stage's ddconfig", "use_linear_attn", self.use_linear_attn, False)
+        require_value("a first stage's ddconfig", "give_pre_end", self.give_pre_end, False)
+
+    @property
+    def encoded_channels(self) -> int:
+        """Channels that the encoder gives."""
+        return 2 * self.z_channels if self.double_z else self.z_channels
+
+    def attends(self, level: int) -> bool:
+        """Whether a level, 0 being full resolution, has attention."""
+        return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
+
+
+class Encoder(nn.Module):
+    """Picture to features of the latent's size."""
+
+    def __init__(self, config: StageConfig) -> None:
         super().__init__()
-        _check_ddconfig(attn_type, use_linear_attn, give_pre_end)
-        attention = attn_type != "none"
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
-        width = ch
-        for level, multiple in enumerate(ch_mult):
-            here = attention and resolution // 2**level in attn_resolutions
-            last = level == len(ch_mult) - 1
-            arguments = (width, ch * multiple, num_res_blocks, dropout, here)
-            self.down.append(_DownLevel(*arguments, downsample=not last, with_convolution=resamp_with_conv))
-            width = ch * multiple
-        self.mid = _Middle(width, dropout, attention)
+        width = config.ch
+        for level, multiple in enumerate(config.ch_mult):
+            channels, last = config.ch * multiple, level == len(config.ch_mult) - 1
+            resample = None if last else Downsample(channels, config.resamp_with_conv)
+            arguments = (width, channels, config.num_res_blocks, config.dropout, config.attends(level))
+            self.down.append(_Level(*arguments, downsample=resample))
+            width = channels
+        self.mid = _Middle(width, config.dropout, config.attn_type != "none")
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, config.encoded_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in_channels, height, width] to [batch, (2 *) z_channels, height / f, width / f]."""
@@ -214,41 +192,22 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent to picture; ``up.0`` is the level of full resolution, which runs last."""
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        out_ch: int,
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        dropout: float = 0.0,
-        resamp_with_conv: bool = True,
-        double_z: bool = True,
-        use_linear_attn: bool = False,
-        attn_type: str = "vanilla",
-        tanh_out: bool = False,
-        give_pre_end: bool = False,
-    ) -> None:
+    def __init__(self, config: StageConfig) -> None:
         super().__init__()
-        _check_ddconfig(attn_type, use_linear_attn, give_pre_end)
-        attention = attn_type != "none"
-        self.tanh_out = tanh_out
-        width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = _Middle(width, dropout, attention)
+        self.tanh_out = config.tanh_out
+        width = config.ch * config.ch_mult[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
+        self.mid = _Middle(width, config.dropout, config.attn_type != "none")
         levels: list[nn.Module] = []
-        for level in reversed(range(len(ch_mult))):
-            here = attention and resolution // 2**level in attn_resolutions
-            arguments = (width, ch * ch_mult[level], num_res_blocks + 1, dropout, here)
-            levels.insert(0, _UpLevel(*arguments, upsample=level > 0, with_convolution=resamp_with_conv))
-            width = ch * ch_mult[level]
+        for level in reversed(range(len(config.ch_mult))):
+            channels = config.ch * config.ch_mult[level]
+            resample = Upsample(channels, config.resamp_with_conv) if level > 0 else None
+            arguments = (width, channels, config.num_res_blocks + 1, config.dropout, config.attends(level))
+            levels.insert(0, _Level(*arguments, upsample=resample))
+            width = channels
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """[batch, z_channels, height, width] to [batch, out_ch, f * height, f * width]."""
@@ -257,12 +216,6 @@ class Decoder(nn.Module):
             hidden = level(hidden)
         result: Tensor = self.conv_out(functional.silu(self.norm_out(hidden)))
         return torch.tanh(result) if self.tanh_out else result
-
-
-def _check_ddconfig(attn_type: str, use_linear_attn: bool, give_pre_end: bool) -> None:
-    require_value("a first stage's ddconfig", "attn_type", attn_type, "vanilla", "none")
-    require_value("a first stage's ddconfig", "use_linear_attn", use_linear_attn, False)
-    require_value("a first stage's ddconfig", "give_pre_end", give_pre_end, False)
 
 
 class DiagonalGaussian:
@@ -292,33 +245,43 @@ class DiagonalGaussian:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
-class AutoencoderKL(nn.Module):
-    """Autoencoder with a diagonal Gaussian latent (arXiv:2112.10752, section 3.1)."""
+class FirstStage(nn.Module):
+    """Encoder and decoder, with the 1x1 convolutions between them and the latent."""
 
-    def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int, **training_only: object) -> None:
+    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, encoded_width: int) -> None:
         super().__init__()
-        refuse_unknown("AutoencoderKL", training_only)
-        require_value("AutoencoderKL's ddconfig", "double_z", ddconfig.get("double_z", True), True)
-        z_channels = ddconfig["z_channels"]
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        config = StageConfig(**ddconfig)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(config.encoded_channels, encoded_width, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, config.z_channels, 1)
         self.embed_dim = embed_dim
 
-    def moments(self, x: Tensor) -> Tensor:
-        """Picture in [-1, 1] to mean and log variance, [batch, 2 * embed_dim, height / f, width / f]."""
+    def encoded(self, x: Tensor) -> Tensor:
+        """Picture in [-1, 1] to what the encoder gives, [batch, encoded_width, height / f, width / f].
+
+        With KL mean and log variance, with a codebook the latent before it.
+        """
         result: Tensor = self.quant_conv(self.encoder(x))
         return result
-
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Picture [batch, channels, height, width] in [-1, 1] to the posterior over latents."""
-        return DiagonalGaussian(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latent [batch, embed_dim, height, width] to a picture, about [-1, 1] and not clamped."""
         result: Tensor = self.decoder(self.post_quant_conv(z))
         return result
+
+
+class AutoencoderKL(FirstStage):
+    """Autoencoder with a diagonal Gaussian latent (arXiv:2112.10752, section 3.1)."""
+
+    def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int, **training_only: object) -> None:
+        refuse_unknown("AutoencoderKL", training_only)
+        require_value("AutoencoderKL's ddconfig", "double_z", ddconfig.get("double_z", True), True)
+        super().__init__(ddconfig, embed_dim, 2 * embed_dim)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Picture [batch, channels, height, width] in [-1, 1] to the posterior over latents."""
+        return DiagonalGaussian(self.encoded(x))
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction and posterior."""
@@ -326,8 +289,8 @@ class AutoencoderKL(nn.Module):
         return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
 
-class VQModel(nn.Module):
-    """Autoencoder with a codebook (arXiv:2012.09841); ``encode`` quantises and ``decode`` does not."""
+class VQModel(FirstStage):
+    """Autoencoder with a codebook (arXiv:2012.09841); ``encode`` quantises and ``decode`` takes codewords."""
 
     def __init__(
         self,
@@ -339,40 +302,19 @@ class VQModel(nn.Module):
         sane_index_shape: bool = False,
         **training_only: object,
     ) -> None:
-        super().__init__()
         refuse_unknown(type(self).__name__, training_only)
         require_value(type(self).__name__, "remap", remap, None)
-        z_channels = ddconfig["z_channels"]
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
+        super().__init__(ddconfig, embed_dim, embed_dim)
         self.quantize = VectorQuantiser(n_embed, embed_dim)
-        encoder_channels = 2 * z_channels if ddconfig.get("double_z", True) else z_channels
-        self.quant_conv = nn.Conv2d(encoder_channels, embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        self.embed_dim = embed_dim
-
-    def prequantised(self, x: Tensor) -> Tensor:
-        """Picture in [-1, 1] to the latent before the codebook, [batch, embed_dim, height / f, width / f]."""
-        result: Tensor = self.quant_conv(self.encoder(x))
-        return result
-
-    def reconstruct(self, quantised: Tensor) -> Tensor:
-        """Codewords [batch, embed_dim, height, width] to a picture, about [-1, 1] and not clamped."""
-        result: Tensor = self.decoder(self.post_quant_conv(quantised))
-        return result
 
     def encode(self, x: Tensor) -> Any:
         """Picture to (codewords, codebook loss, indices)."""
-        return self.quantize(self.prequantised(x))
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Codewords to a picture."""
-        return self.reconstruct(z)
+        return self.quantize(self.encoded(x))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction and codebook loss."""
-        quantised, loss, _ = self.quantize(self.prequantised(x))
-        return self.reconstruct(quantised), loss
+        quantised, loss, _ = self.quantize(self.encoded(x))
+        return super().decode(quantised), loss
 
 
 class VQModelInterface(VQModel):
@@ -380,8 +322,8 @@ class VQModelInterface(VQModel):
 
     def encode(self, x: Tensor) -> Tensor:
         """Picture to the latent before the codebook."""
-        return self.prequantised(x)
+        return self.encoded(x)
 
     def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
         """Unscaled latent to a picture, through the nearest codewords unless told not to."""
-        return self.reconstruct(z if force_not_quantize else self.quantize.nearest(z)[0])
+        return super().decode(z if force_not_quantize else self.quantize.nearest(z)[0])

@@ -97,7 +97,7 @@ def test_kl_first_stage_of_a_diffusion_model(text_to_image: Recorded) -> None:
     assert distance(text_to_image["scale_factor"] * latent, text_to_image["enc_z"]) < ENCODER_TOLERANCE
     decoded = first_stage.decode(text_to_image["dec_latent"] / text_to_image["scale_factor"])
     assert distance(decoded, text_to_image["dec_image"]) < ENCODER_TOLERANCE
-    oblong = first_stage.moments(text_to_image["rect_enc_image"])
+    oblong = first_stage.encoded(text_to_image["rect_enc_image"])
     assert distance(oblong, text_to_image["rect_enc_moments"]) < ENCODER_TOLERANCE
 
 
@@ -130,7 +130,7 @@ def test_vq_first_stage_of_a_diffusion_model(unconditional: Recorded) -> None:
 def test_first_stage_alone(kl_first_stage: Recorded) -> None:
     network = build_network(kl_first_stage.target, kl_first_stage.params).eval()
     network.load_state_dict({k: v for k, v in kl_first_stage.state.items() if not k.startswith("loss.")})
-    assert distance(network.moments(kl_first_stage["enc_image"]), kl_first_stage["enc_moments"]) < ENCODER_TOLERANCE
+    assert distance(network.encoded(kl_first_stage["enc_image"]), kl_first_stage["enc_moments"]) < ENCODER_TOLERANCE
     assert distance(network.decode(kl_first_stage["dec_latent"]), kl_first_stage["dec_image"]) < ENCODER_TOLERANCE
     posterior = DiagonalGaussian(kl_first_stage["enc_moments"])
     assert distance(posterior.std, kl_first_stage["enc_std"]) < ENCODER_TOLERANCE

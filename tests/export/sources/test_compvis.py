@@ -82,8 +82,7 @@ REFERENCES: dict[str, Any] = {
 
 def first_stage_reference(network: Any, name: str, inputs: dict[str, Any]) -> Any:
     if name == "vae_encoder":
-        encode = network.moments if hasattr(network, "moments") else network.prequantised
-        return encode(inputs["sample"])
+        return network.encoded(inputs["sample"])
     latent = inputs["latent_sample"]
     if hasattr(network, "quantize"):
         # Distances one by one, as their definition has them.

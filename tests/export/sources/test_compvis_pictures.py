@@ -150,7 +150,7 @@ def inpainting(drawn: Drawn) -> None:
     mask[:, 6:20, 9:30] = 1
     image = torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 255
     hole = torch.from_numpy(mask)[:, None]
-    masked = drawn.first_stage.prequantised((1 - hole) * image * 2 - 1)
+    masked = drawn.first_stage.encoded((1 - hole) * image * 2 - 1)
     condition = torch.cat([masked, torch.nn.functional.interpolate(hole * 2 - 1, size=(8, 8))], dim=1)
     result = drawn.compare(drawn.concatenated(condition), image=picture, mask=mask)
     predicted = drawn.first_stage.decode(torch.from_numpy(result.latents))

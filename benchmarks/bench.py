@@ -18,6 +18,7 @@ from latentedge.benchmarks.processes import MeasuredProcess
 from latentedge.benchmarks.statistics import Times, compare_rounds
 from latentedge.runtime import engines
 from latentedge.runtime.bundle import Bundle, graph_precision
+from latentedge.runtime.engines.settings import parse_backend
 from latentedge.runtime.errors import EngineError, LatentEdgeError
 from latentedge.runtime.machine import machine, machine_fingerprint
 from latentedge.runtime.selection import PRECISIONS, choose, library_version
@@ -51,10 +52,11 @@ def settings_of(bundle: Bundle, backends: Sequence[str], precisions: Sequence[st
     if "all" in backends:
         names = [name for name in names if engines.BACKENDS[name].installed()]
     found: list[Setting] = []
-    for name in names:
+    for text in names:
+        name, options = parse_backend(text, engines.EngineOptions())
         for precision in _all_precisions(bundle, name) if "all" in precisions else precisions:
-            choice = choose(bundle, name, precision)
-            found.append((choice.backend, choice.precision))
+            choice = choose(bundle, name, precision, measured_here=options.device is None)
+            found.append((choice.backend + text[len(name) :], choice.precision))
     return tuple(dict.fromkeys(found))
 
 
@@ -111,7 +113,7 @@ def header(bundle: Bundle, plan: Plan) -> dict[str, Any]:
         "fingerprint": machine_fingerprint(),
         "libraries": {
             "python": platform.python_version(),
-            **{name: library_version(name) for name in sorted(backends)},
+            **{name: library_version(name.partition(":")[0]) for name in sorted(backends)},
         },
         "bundle": {
             "name": bundle.path.name,
@@ -222,8 +224,10 @@ def _peaks(rows: list[dict[str, Any]], plan: Plan, notify: Callable[[str], None]
         if "samples" in row:
             name = f"{row['backend']} {row['precision']}"
             try:
-                options = engines.EngineOptions(threads=plan.options.get("threads"))
-                peaks[name] = gemm_peak(row["backend"], row["precision"], options)
+                backend, options = parse_backend(
+                    row["backend"], engines.EngineOptions(threads=plan.options.get("threads"))
+                )
+                peaks[name] = gemm_peak(backend, row["precision"], options)
             except LatentEdgeError as error:
                 notify(f"no product peak for {name}: {error.message}")
     return peaks

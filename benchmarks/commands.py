@@ -14,7 +14,9 @@ from latentedge.runtime.errors import UsageError
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="auto", show_default=True, help="Backends, with commas between, or all.")
+@click.option(
+    "--backend", default="auto", show_default=True, help="Backends and settings, with commas between, or all."
+)
 @click.option("--precision", default="all", show_default=True, help="Precisions, with commas between, auto, or all.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of a picture.  [default: the bundle's]")
 @click.option("--size", metavar="WIDTHxHEIGHT", help="Size of a picture.  [default: the bundle's]")
@@ -70,13 +72,14 @@ def _estimate(bundle: Bundle, device: str, size: tuple[int, int] | None, options
 def _measure(bundle: Bundle, size: tuple[int, int] | None, options: dict[str, Any]) -> None:
     from latentedge.benchmarks.bench import Plan, measure, settings_of, write_report
     from latentedge.benchmarks.report import compare_reports, plot_report, print_report, read_report
+    from latentedge.runtime.engines.settings import listed_backends
 
     old = None if options["compare"] is None else read_report(options["compare"])
     request: dict[str, Any] = {} if options["steps"] is None else {"steps": options["steps"]}
     if size is not None:
         request |= {"height": size[0], "width": size[1]}
     engine_options = {} if options["threads"] is None else {"threads": options["threads"]}
-    settings = settings_of(bundle, options["backend"].split(","), options["precision"].split(","))
+    settings = settings_of(bundle, listed_backends(options["backend"]), options["precision"].split(","))
     plan = Plan(settings, request, engine_options, rounds=options["rounds"])
     report = measure(bundle, plan, lambda message: click.echo(message, err=True))
     if options["output"] is not None:

@@ -27,10 +27,11 @@ IDENTITY = ("kind", "backend", "precision", "machine", "library")
 def record(bundle: Bundle, report: Mapping[str, Any], notify: Callable[[str], None]) -> None:
     """Write a latency record for every measured setting, and a quality record where a precision has none.
 
-    Latency is that of a whole picture against the report's first setting, in shared rounds.
+    Latency is that of a whole picture against the report's first setting, in shared rounds. A backend with settings of
+    its own is not recorded: "auto" opens none.
     """
     manifest = Bundle.open(bundle.path).manifest
-    rows = [row for row in report["rows"] if "samples" in row]
+    rows = [row for row in report["rows"] if "samples" in row and ":" not in row["backend"]]
     for row in rows:
         manifest = with_record(manifest, row["precision"], latency_record(report, row))
     write_manifest(bundle.path, manifest)

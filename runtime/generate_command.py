@@ -85,7 +85,9 @@ def size_from(text: str) -> tuple[int, int]:
 @click.option("--preview-every", type=int, default=5, show_default=True, help="Steps between two previews.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Also write all pictures as one contact sheet.")
 @click.option("--from", "replay", type=click.Path(path_type=Path), help="Draw a picture file again.")
-@click.option("--backend", default="auto", show_default=True, help="Engine library.")
+@click.option(
+    "--backend", default="auto", show_default=True, help="Engine library, settings after a colon: tensorrt:device=1."
+)
 @click.option("--precision", default="auto", show_default=True, help="fp32, fp16, bf16 or int8.")
 @click.option("--low-memory", is_flag=True, help="Load one network at a time; guidance in two runs.")
 @click.option(

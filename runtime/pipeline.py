@@ -18,6 +18,7 @@ from latentedge.runtime.conditioning import Conditioner, concat_input, repeated
 from latentedge.runtime.correction import corrected
 from latentedge.runtime.denoiser import Branch, Combine, Denoiser
 from latentedge.runtime.engines import BACKENDS, Engine, EngineOptions, open_engine
+from latentedge.runtime.engines.settings import parse_backend
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.noise import NoiseStream
 from latentedge.runtime.request import Request
@@ -70,10 +71,12 @@ class Pipeline:
         """Open the bundle at ``path``.
 
         ``backend`` and ``precision`` "auto" follow what was measured on this machine (``docs/bundle.md``); anything
-        else is what runs, or an error. :class:`~latentedge.runtime.errors.BundleError` for a damaged bundle.
+        else is what runs, or an error. A backend's settings may follow its name, ``"tensorrt:cuda_graph=on,device=1"``,
+        or be in ``options``. :class:`~latentedge.runtime.errors.BundleError` for a damaged bundle.
         """
         bundle = Bundle.open(path)
-        choice = selection.choose(bundle, backend, precision)
+        backend, options = parse_backend(backend, options or EngineOptions())
+        choice = selection.choose(bundle, backend, precision, measured_here=options.device is None)
         warning = selection.below_floor(bundle, choice)
         if warning is not None:
             warnings.warn(warning, stacklevel=2)

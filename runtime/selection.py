@@ -53,8 +53,8 @@ def component_precision(component: Component, precision: str, backend: str | Non
     return "fp16" if on_tensorrt and "fp16" in component.variants else "fp32"
 
 
-def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> Choice:
-    """Backend and precision for ``bundle`` on this machine.
+def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto", *, measured_here: bool = True) -> Choice:
+    """Backend and precision for ``bundle`` on this machine; records are of its backends' default devices.
 
     A name is taken as it is, or is an error. "auto" takes the fastest that was measured here: its latency record's
     lower bound of the ratio is over 1, and its worst picture is above the quality floor. A precision that the caller
@@ -71,7 +71,7 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> Ch
     default = next((pair for pair in candidates if pair[1] == "fp32"), candidates[0])
     measured = [
         (*speed, name, wanted)
-        for name, wanted in candidates
+        for name, wanted in (candidates if measured_here else ())
         if (speed := _speed(component, name, wanted, default[0])) is not None
         and (precision != "auto" or (speed[1] > 1 and good_enough(component, name, wanted)))
     ]

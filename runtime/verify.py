@@ -14,7 +14,8 @@ import numpy as np
 
 from latentedge.runtime import selection
 from latentedge.runtime.bundle import Array, Bundle, Component, TokenizerFile, Variant, file_sha256
-from latentedge.runtime.engines import EngineOptions, open_engine
+from latentedge.runtime.engines import BACKENDS, EngineOptions, open_engine
+from latentedge.runtime.engines.settings import parse_backend
 from latentedge.runtime.errors import LatentEdgeError, PrecisionError, UsageError
 from latentedge.runtime.parity import FLOORS, TensorParity, compare
 
@@ -55,8 +56,10 @@ def verify_bundle(path: str | Path, backend: str = "auto", precision: str | None
     errors are raised only for a folder that is not a bundle and a backend that is not there.
     """
     bundle = Bundle.open(path)
+    backend, options = parse_backend(backend, EngineOptions())
     name = selection.choose(bundle, backend).backend
-    components = list(bundle.manifest.components.values())
+    # The denoiser's parts are for the backends that run them.
+    components = [c for c in bundle.manifest.components.values() if "." not in c.name or BACKENDS[name].hoisting]
     if precision is not None and not any(precision in component.variants for component in components):
         raise UsageError(f"{bundle.path} has no component in {precision}.")
     checks = [*_check_files(bundle)]
@@ -67,7 +70,7 @@ def verify_bundle(path: str | Path, backend: str = "auto", precision: str | None
         for variant_precision in component.variants:
             if precision in (None, variant_precision):
                 asked = precision is not None
-                checks += _check_graph(bundle, component, variant_precision, name, damaged, asked)
+                checks += _check_graph(bundle, component, variant_precision, (name, options), damaged, asked)
     return Report(str(bundle.path), name, tuple(checks))
 
 
@@ -127,7 +130,12 @@ def _check_tokenizer(bundle: Bundle, name: str, record: TokenizerFile, damaged: 
 
 
 def _check_graph(
-    bundle: Bundle, component: Component, precision: str, backend: str, damaged: set[str], asked: bool
+    bundle: Bundle,
+    component: Component,
+    precision: str,
+    backend: tuple[str, EngineOptions],
+    damaged: set[str],
+    asked: bool,
 ) -> Iterator[Check]:
     subject = f"{component.name} {precision}"
     variant = component.variants[precision]
@@ -136,14 +144,21 @@ def _check_graph(
         yield Check("graph", subject, SKIPPED, "its file is damaged")
         return
     try:
-        with open_engine(bundle, component.name, backend, precision, EngineOptions()) as engine:
-            yield Check("graph", subject, OK, f"opened by {backend}")
+        with open_engine(bundle, component.name, backend[0], precision, backend[1]) as engine:
+            yield Check("graph", subject, OK, f"opened by {backend[0]}")
             vectors = _vectors(bundle, component, damaged)
             if not vectors:
                 yield Check("parity", subject, SKIPPED, str(component.parity.get("note", "nothing was recorded")))
                 return
             worst: dict[str, TensorParity] = {}
+            uncovered = ""
             for inputs, outputs in vectors:
+                try:
+                    engine.bind(**component.axes_of(inputs))
+                except UsageError as error:
+                    # A built engine takes the shapes that it was built for.
+                    uncovered = error.message
+                    continue
                 computed = engine.run(inputs)
                 for name, reference in outputs.items():
                     found = compare(reference, computed[name])
@@ -153,7 +168,10 @@ def _check_graph(
         refused = isinstance(error, PrecisionError) and not asked
         yield Check("graph", subject, SKIPPED if refused else FAILED, error.message)
         return
-    yield _judge(subject, worst, floor_of(variant, precision))
+    if worst:
+        yield _judge(subject, worst, floor_of(variant, precision))
+    else:
+        yield Check("parity", subject, SKIPPED, uncovered)
 
 
 def _judge(subject: str, worst: dict[str, TensorParity], floor: float | None) -> Check:

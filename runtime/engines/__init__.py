@@ -32,6 +32,8 @@ class Backend:
     hoisting: bool = False
     #: Whether it loads the ONNX graph itself; a plan has a key of its own (``plans.py``).
     reads_graph: bool = True
+    #: The fields of ``EngineOptions`` that it follows and a caller may name with it (``settings.py``).
+    settings: tuple[str, ...] = ("device", "threads")
 
     def installed(self) -> bool:
         """Whether the library can be found, without importing it."""
@@ -40,13 +42,19 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "onnxruntime": Backend("latentedge.runtime.engines.onnxruntime", "onnxruntime", "cpu", hoisting=True),
-    "openvino": Backend("latentedge.runtime.engines.openvino", "openvino", "openvino", hoisting=True),
-    "tensorrt": Backend("latentedge.runtime.engines.tensorrt", "tensorrt", "gpu", reads_graph=False),
-    "tensorrt-rtx": Backend(
-        "latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx", "open_engine_rtx", reads_graph=False
+    "onnxruntime": Backend(
+        "latentedge.runtime.engines.onnxruntime", "onnxruntime", "cpu", hoisting=True,
+        settings=("device", "cuda_graph", "threads"),
     ),
-}
+    "openvino": Backend("latentedge.runtime.engines.openvino", "openvino", "openvino", hoisting=True),
+    "tensorrt": Backend(
+        "latentedge.runtime.engines.tensorrt", "tensorrt", "gpu", reads_graph=False, settings=("device", "cuda_graph")
+    ),
+    "tensorrt-rtx": Backend(
+        "latentedge.runtime.engines.tensorrt", "tensorrt_rtx", "rtx", "open_engine_rtx", reads_graph=False,
+        settings=("device", "cuda_graph"),
+    ),
+}  # fmt: skip
 
 
 def backend(name: str) -> Backend:
@@ -65,6 +73,8 @@ def backend(name: str) -> Backend:
 def open_engine(bundle: Bundle, component: str, name: str, precision: str, options: EngineOptions) -> Engine:
     """Load one component of a bundle with the backend ``name`` in ``precision``; never another one."""
     found = backend(name)
+    if options.cuda_graph and "cuda_graph" not in found.settings:
+        raise UsageError(f"the backend {name} has no CUDA graphs.")
     opener = cast("Opener", getattr(importlib.import_module(found.module), found.opener))
     spec = bundle.component(component)
     if options.hoisting and found.hoisting:

@@ -22,6 +22,11 @@ def open_engine(bundle: Bundle, component: Component, precision: str, options: E
     """Open one component of ``bundle`` in ``precision``; :class:`EngineError` if ONNX Runtime refuses the graph."""
     if onnxruntime_gpu.is_gpu(options.device):
         return onnxruntime_gpu.open_on_gpu(bundle, component, precision, options)
+    if options.cuda_graph:
+        raise UsageError(
+            "ONNX Runtime has CUDA graphs on a GPU only.",
+            hint="choose the device: onnxruntime:device=cuda,cuda_graph=on",
+        )
     path, variant = bundle.variant(component.name, precision)
     return OnnxRuntimeEngine(component, precision, open_session(path, options, variant))
 

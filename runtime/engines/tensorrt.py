@@ -19,6 +19,7 @@ import numpy as np
 from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec
 from latentedge.runtime.engines import cuda
 from latentedge.runtime.engines.base import Engine, EngineOptions
+from latentedge.runtime.engines.kernel_cache import KernelCache, open_kernel_cache
 from latentedge.runtime.engines.plans import (
     Plan,
     Target,
@@ -87,7 +88,7 @@ class Device:
     """A GPU as its engines share it: one stream, one scratch memory, and which engines hold memory."""
 
     def __init__(self, index: int) -> None:
-        self._index = index
+        self.index = index
         self._lock = threading.RLock()
         self.engines: list[TensorRTEngine] = []
         with self.use():
@@ -98,7 +99,7 @@ class Device:
     def use(self) -> Iterator[None]:
         """Hold the device for one engine, and make it this thread's current one."""
         with self._lock:
-            cuda.call("cudaSetDevice", self._index)
+            cuda.call("cudaSetDevice", self.index)
             yield
 
     def reserve(self, size: int) -> None:
@@ -158,11 +159,14 @@ def _open(backend: str, bundle: Bundle, component: Component, precision: str, op
 
 
 class Step:
-    """One plan of a chain, loaded, with its execution context."""
+    """One plan of a chain, loaded, with its execution context; TensorRT-RTX's also with the kernels that it compiles."""
 
-    def __init__(self, engine: trt.ICudaEngine, context: trt.IExecutionContext, library: Any) -> None:
+    def __init__(
+        self, engine: trt.ICudaEngine, context: trt.IExecutionContext, kernels: KernelCache | None, library: Any
+    ) -> None:
         self.engine = engine
         self.context = context
+        self.kernels = kernels
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         is_input = library.TensorIOMode.INPUT
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == is_input]
@@ -200,6 +204,7 @@ class TensorRTEngine(Engine):
         self._memory = ExitStack()
         self._scratch_address = 0
         self._graph: cuda.Graph | None = None
+        self._kernels_kept = False
         device.join(self)
 
     def _bind(self) -> None:
@@ -218,7 +223,9 @@ class TensorRTEngine(Engine):
             # Runs before the buffers are freed: queued work may still use them.
             self._memory.callback(self._device.stream.wait)
             self._set_scratch()
+            self._kernels_kept = False
             if self._cuda_graph:
+                self._warm_up()
                 self._record()
 
     def _load(self, plan: Plan) -> None:
@@ -227,15 +234,19 @@ class TensorRTEngine(Engine):
         runtime: trt.Runtime = self._library.Runtime(self._log.logger)
         # A version-compatible plan brings the lean runtime that it was built with.
         runtime.engine_host_code_allowed = bool(plan.key.options.get("version_compatible"))
-        allocation = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
         for file in plan.files:
-            engine = self._deserialize(runtime, plan.folder / file.path, file.size)
+            path = plan.folder / file.path
+            engine = self._deserialize(runtime, path, file.size)
             if plan.key.options.get("stripped"):
                 self._refit(engine)
-            context = engine.create_execution_context(allocation)
+            kernels, made_with = None, self._library.ExecutionContextAllocationStrategy.USER_MANAGED
+            if self.backend == "tensorrt-rtx":
+                kernels = open_kernel_cache(self._library, engine, path, self._device.index, self._log.errors)
+                made_with = kernels.runtime_config
+            context = engine.create_execution_context(made_with)
             if context is None:
                 raise self._log.fault(f"TensorRT gave no execution context for {self.component.name}")
-            self._steps.append(Step(engine, context, self._library))
+            self._steps.append(Step(engine, context, kernels, self._library))
         self._check_tensors()
         self._plan = plan
 
@@ -317,14 +328,15 @@ class TensorRTEngine(Engine):
             step.context.set_device_memory(scratch.address, scratch.size)
         self._scratch_address = scratch.address
 
-    def _record(self) -> None:
+    def _warm_up(self) -> None:
         # Zeros are valid token ids; the first run lets the library allocate what a recording must not.
-        stream = self._device.stream
         for buffer in self._buffers.values():
-            stream.zero(buffer)
+            self._device.stream.zero(buffer)
         self._enqueue()
-        stream.wait()
-        with stream.capture() as recorded:
+        self._device.stream.wait()
+
+    def _record(self) -> None:
+        with self._device.stream.capture() as recorded:
             self._enqueue()
         self._graph = recorded[0]
 
@@ -352,6 +364,18 @@ class TensorRTEngine(Engine):
             self._device.stream.wait()
             if self._log.errors:
                 raise self._log.fault(f"{self.backend} failed in {self.component.name} with {self.axes}")
+            if self._cuda_graph and self._graph is None:
+                # Another engine's larger scratch memory had dropped it; this run was the warm-up of the next one.
+                self._record()
+            self._keep_kernels()
+
+    def _keep_kernels(self) -> None:
+        """After the first run with new shapes, which compiles them."""
+        if not self._kernels_kept:
+            self._kernels_kept = True
+            for step in self._steps:
+                if step.kernels is not None:
+                    step.kernels.save()
 
     def _read(self, spec: TensorSpec) -> Array:
         with self._device.use():

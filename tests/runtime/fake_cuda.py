@@ -162,14 +162,54 @@ def fake_tensorrt(cuda: FakeCuda, version: str = "10.3.0") -> types.SimpleNamesp
     library.ILogger = type("ILogger", (), {"Severity": severity, "__init__": lambda self: None})
     library.TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
     library.ExecutionContextAllocationStrategy = enum.Enum("Strategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
+    library.DynamicShapesKernelSpecializationStrategy = enum.Enum("Specialization", ["LAZY", "EAGER", "NONE"])
     library.DataType = enum.Enum("DataType", [*DTYPES, "BF16"])
     library.executed = []
+    #: (plan, shapes) of every kernel that was compiled; and what a runtime cache of this driver begins with.
+    library.compiled = []
+    library.driver = "driver 1"
     library.refitted = []
     library.runtimes = []
 
+    class RuntimeCache:
+        """Kernels by name, of which ``deserialize`` takes only those of the same driver."""
+
+        def __init__(self, logger: Any) -> None:
+            self.logger, self.kernels = logger, []
+
+        def serialize(self) -> bytes:
+            return json.dumps([library.driver, self.kernels]).encode()
+
+        def deserialize(self, blob: bytes) -> bool:
+            try:
+                driver, kernels = json.loads(blob)
+            except ValueError:
+                driver, kernels = None, []
+            if driver != library.driver:
+                self.logger.log(severity.ERROR, "[fake] the cache is of another driver")
+                return False
+            self.kernels = kernels
+            return True
+
+    class RuntimeConfig:
+        dynamic_shapes_kernel_specialization_strategy = library.DynamicShapesKernelSpecializationStrategy.LAZY
+
+        def __init__(self, logger: Any) -> None:
+            self.logger, self.strategy, self.cache = logger, None, RuntimeCache(logger)
+
+        def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+            self.strategy = strategy
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache(self.logger)
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+            self.cache = cache
+            return True
+
     class Context:
-        def __init__(self, program: dict[str, Any], logger: Any) -> None:
-            self.program, self.logger = program, logger
+        def __init__(self, program: dict[str, Any], logger: Any, config: RuntimeConfig | None) -> None:
+            self.program, self.logger, self.config = program, logger, config
             self.shapes: dict[str, tuple[int, ...]] = {}
             self.addresses: dict[str, int] = {}
             self.scratch: tuple[int, int] | None = None
@@ -209,6 +249,7 @@ def fake_tensorrt(cuda: FakeCuda, version: str = "10.3.0") -> types.SimpleNamesp
                 return False
             addresses, shapes, scratch = dict(self.addresses), dict(self.shapes), self.scratch
             assert scratch is not None
+            self._compile(shapes)
 
             def array(name: str, kind: str) -> Any:
                 dtype = np.dtype(DTYPES[kind])
@@ -233,6 +274,13 @@ def fake_tensorrt(cuda: FakeCuda, version: str = "10.3.0") -> types.SimpleNamesp
             cuda.put(work)
             return True
 
+        def _compile(self, shapes: dict[str, tuple[int, ...]]) -> None:
+            kernel = f"{self.program['name']} {sorted(shapes.items())}"
+            if self.config is not None and kernel not in self.config.cache.kernels:
+                assert cuda.captured is None, "a kernel cannot be compiled while a graph is recorded"
+                self.config.cache.kernels.append(kernel)
+                library.compiled.append(kernel)
+
     class Engine:
         def __init__(self, program: dict[str, Any], logger: Any) -> None:
             self.program, self.logger = program, logger
@@ -248,12 +296,19 @@ def fake_tensorrt(cuda: FakeCuda, version: str = "10.3.0") -> types.SimpleNamesp
         def get_tensor_dtype(self, name: str) -> Any:
             return library.DataType[{**self.program["inputs"], **self.program["outputs"]}[name]]
 
+        def create_runtime_config(self) -> RuntimeConfig:
+            return RuntimeConfig(self.logger)
+
         def create_execution_context(self, strategy: Any) -> Context | None:
+            config = strategy if isinstance(strategy, RuntimeConfig) else None
+            if config is not None:
+                assert config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+                strategy = config.strategy
             assert strategy is library.ExecutionContextAllocationStrategy.USER_MANAGED
             if self.program.get("fails") == "create_execution_context":
                 self.logger.log(severity.ERROR, "[fake] no memory for a context")
                 return None
-            return Context(self.program, self.logger)
+            return Context(self.program, self.logger, config)
 
     class Runtime:
         engine_host_code_allowed = False

@@ -189,3 +189,11 @@ def test_unknown_devices_are_errors(bundle: Bundle, monkeypatch: pytest.MonkeyPa
         open_engine(bundle, "unet", "onnxruntime", "fp32", EngineOptions(device="npu"))
     with pytest.raises(UsageError, match="a second GPU is cuda:1"):
         open_engine(bundle, "unet", "onnxruntime", "fp32", EngineOptions(device="cuda:x"))
+
+
+def test_a_cuda_graph_on_the_processor_is_an_error(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="on a GPU only"):
+        open_engine(bundle, "unet", "onnxruntime", "fp32", EngineOptions(cuda_graph=True))
+    pytest.importorskip("openvino")
+    with pytest.raises(UsageError, match="openvino has no CUDA graphs"):
+        open_engine(bundle, "unet", "openvino", "fp32", EngineOptions(cuda_graph=True))

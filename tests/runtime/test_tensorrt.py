@@ -224,7 +224,12 @@ def test_components_share_scratch_memory_and_a_larger_one_drops_recorded_graphs(
     latents = np.ones((1, 4, 4, 4), np.float32)
     np.testing.assert_array_equal(vae.run({"latent_sample": latents})["sample"], 2 * latents + 1)
     assert not world.cuda.graphs, "the graph held the address of the smaller scratch memory"
+    launches = world.cuda.names().count("cudaGraphLaunch")
     np.testing.assert_allclose(unet.run(arrays)["out_sample"], expected(arrays), rtol=1e-5)
+    assert len(world.cuda.graphs) == 1, "recorded anew with the larger scratch memory"
+    arrays = inputs(seed=1)
+    np.testing.assert_allclose(unet.run(arrays)["out_sample"], expected(arrays), rtol=1e-5)
+    assert world.cuda.names().count("cudaGraphLaunch") == launches + 1, "and replayed from then on"
     assert unet._device is vae._device
     assert [len(block) for block in world.cuda.memory.values()].count(9000) == 1
     assert [len(block) for block in world.cuda.memory.values()].count(1000) == 0
@@ -409,3 +414,80 @@ def test_with_low_memory_one_engine_is_freed_before_the_next_is_loaded(world: Wo
     assert len(freed) == held
     assert freed[-1] < min(index for index, name in enumerate(names) if name.startswith("cudaMalloc"))
     assert world.cuda.live() == 0
+
+
+@pytest.fixture
+def rtx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch, "tensorrt-rtx")
+
+
+def run_once(world: World, batch: int = 2, **options: Any) -> list[str]:
+    """Open, run and close; gives the kernels that were compiled."""
+    before = len(world.library.compiled)
+    arrays = inputs(batch)
+    with world.open(options=EngineOptions(**options)) as engine:
+        np.testing.assert_allclose(engine.run(arrays)["out_sample"], expected(arrays), rtol=1e-5, atol=1e-6)
+    return list(world.library.compiled[before:])
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_kernels_that_rtx_compiled_are_kept_beside_the_plan(rtx: World, cuda_graph: bool):
+    folder = rtx.plan(axes=WIDE)
+    assert len(run_once(rtx, cuda_graph=cuda_graph)) == 1
+    kept = folder / "0-8.7.kernels"
+    first = kept.read_bytes()
+    assert run_once(rtx, cuda_graph=cuda_graph) == [], "the next process loads them"
+    assert len(run_once(rtx, batch=3)) == 1
+    assert len(kept.read_bytes()) > len(first), "kernels for other shapes are added"
+    assert run_once(rtx) == run_once(rtx, batch=3) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["0-8.7.kernels", "0.plan", KEY_NAME]
+
+
+def test_each_plan_of_a_chain_and_each_gpu_has_kernels_of_its_own(rtx: World):
+    first = {**PROGRAM, "name": "first", "outputs": {"skip": "FLOAT"}, "scale": 1, "offset": 0}
+    second = {**PROGRAM, "name": "second", "inputs": {"skip": "FLOAT"}, "shape": "skip"}
+    folder = rtx.plan(first, second, compute_capabilities=("8.7", "8.9"))
+    run_once(rtx)
+    rtx.cuda.compute_capability = (8, 9)
+    run_once(rtx)
+    names = ["0-8.7.kernels", "0-8.9.kernels", "1-8.7.kernels", "1-8.9.kernels"]
+    assert sorted(path.name for path in folder.glob("*.kernels")) == names
+    assert json.loads((folder / names[2]).read_bytes())[1][0].startswith("second ")
+
+
+@pytest.mark.parametrize("content", [b"damaged", b'["driver 0", ["unet"]]'])
+def test_kernels_that_the_library_refuses_are_compiled_again_and_replaced(rtx: World, content: bytes):
+    kept = rtx.plan() / "0-8.7.kernels"
+    kept.write_bytes(content)
+    assert len(run_once(rtx)) == 1, "and what was logged about the file is no error of the run"
+    assert run_once(rtx) == []
+    rtx.library.driver = "driver 2"
+    assert len(run_once(rtx)) == 1
+    assert json.loads(kept.read_bytes())[0] == "driver 2"
+
+
+def test_kernels_that_are_not_new_are_not_written_again(rtx: World, monkeypatch: pytest.MonkeyPatch):
+    rtx.plan()
+    run_once(rtx)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: pytest.fail(f"{path} was written"))
+    run_once(rtx)
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_warning_and_the_picture_is_drawn(
+    rtx: World, monkeypatch: pytest.MonkeyPatch
+):
+    rtx.plan()
+
+    def refuse(path: Path, content: bytes) -> int:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.warns(UserWarning, match="compiled kernels are not kept.*Read-only file system"):
+        run_once(rtx)
+
+
+def test_tensorrt_itself_compiles_nothing_at_run_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    world = World(tmp_path, monkeypatch, "tensorrt")
+    folder = world.plan()
+    assert run_once(world) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["0.plan", KEY_NAME]

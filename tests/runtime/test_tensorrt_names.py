@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = (ROOT / "runtime/engines/tensorrt.py", *sorted((ROOT / "export/tensorrt").glob("*.py")))
+FILES = (
+    ROOT / "runtime/engines/tensorrt.py",
+    ROOT / "runtime/engines/kernel_cache.py",
+    *sorted((ROOT / "export/tensorrt").glob("*.py")),
+)
 RECORDED = json.loads((ROOT / "tests/golden/tensorrt_names.json").read_text(encoding="utf-8"))["versions"]
 
 #: TensorRT's class by the name that the sources give to a variable or attribute which holds one.
@@ -26,16 +30,27 @@ CLASSES = {
     "context": "IExecutionContext",
     "refitter": "Refitter",
     "cache": "ITimingCache",
+    "runtime_config": "IRuntimeConfig",
+    "_kernel_cache": "IRuntimeCache",
     "content": "IHostMemory",
     "flags": "BuilderFlag",
     "value": "ITensor",
 }
 #: Files in which a name of the table holds something else as well.
-ELSEWHERE = {("engine", "drop_graph"), ("error", "complaints"), ("profile", "items")}
+ELSEWHERE = {("engine", "drop_graph"), ("error", "complaints"), ("profile", "items"), ("cache", "loaded")}
 #: The same variable name for another class: by file and attribute.
 OTHER_CLASS = {("parser", "refit_from_file"): "OnnxParserRefitter"}
-#: Only TensorRT-RTX compiles for another GPU than the one that is here.
+#: Only TensorRT-RTX compiles for another GPU than the one that is here, and kernels when a plan runs.
 RTX_ONLY = {
+    ("ICudaEngine", "create_runtime_config"),
+    ("IRuntimeConfig", "set_execution_context_allocation_strategy"),
+    ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
+    ("IRuntimeConfig", "create_runtime_cache"),
+    ("IRuntimeConfig", "set_runtime_cache"),
+    ("IRuntimeCache", "serialize"),
+    ("IRuntimeCache", "deserialize"),
+    ("", "DynamicShapesKernelSpecializationStrategy"),
+    ("DynamicShapesKernelSpecializationStrategy", "EAGER"),
     ("IBuilderConfig", "num_compute_capabilities"),
     ("IBuilderConfig", "set_compute_capability"),
     ("", "ComputeCapability"),

@@ -51,6 +51,17 @@ def test_tiled_decoding_equals_whole_decoding_where_the_decoder_is_local() -> No
     assert np.abs(decode(engine, latent, latents, tile=16) - whole).max() < 1e-5
 
 
+def test_neighbouring_tiles_fade_into_each_other() -> None:
+    """Tiles that disagree by 1: where they overlap by 8, no two neighbouring pixels may differ by much more than 1/8."""
+    numbers = itertools.count()
+    whole = np.zeros((1, 1, 32, 56), np.float32)
+    joined = tiled(lambda x: x + np.float32(next(numbers)), whole, 32, 8, 1.0)[0, 0]
+    assert (joined[0, :24] == 0).all()
+    assert (joined[0, 32:] == 1).all()
+    assert 0 < np.diff(joined, axis=1)[:, 23:32].min()
+    assert np.abs(np.diff(joined, axis=1)).max() < 0.15
+
+
 def test_decoding_divides_by_the_scale_and_adds_the_shift() -> None:
     latents = np.full((1, 4, 2, 2), 0.25, np.float32)
     pictures = decode(upsampling_decoder(), Latent(4, 8, scale_factor=0.5, shift_factor=0.1), latents)
@@ -62,12 +73,13 @@ def test_posterior_is_the_mean_or_a_clipped_sample() -> None:
         def normal(self, shape: tuple[int, ...]) -> np.ndarray:
             return np.ones(shape, np.float32)
 
-    moments = np.concatenate([np.full((1, 2, 1, 1), 3.0), np.full((1, 2, 1, 1), 99.0)], axis=1).astype(np.float32)
-    assert sample_posterior(moments, None).ravel().tolist() == [3.0, 3.0]
-    assert sample_posterior(moments, Ones()).ravel() == pytest.approx(3 + np.exp(10.0), rel=1e-6)
+    for logvar, std in ((99.0, np.exp(10.0)), (-4.0, np.exp(-2.0)), (-99.0, np.exp(-15.0))):
+        moments = np.array([1e-6, logvar], np.float32).reshape(1, 2, 1, 1)
+        assert sample_posterior(moments, None).item() == np.float32(1e-6)
+        assert sample_posterior(moments, Ones()).item() == pytest.approx(1e-6 + std, rel=1e-6)
 
 
-def test_encoding_refuses_sizes_that_do_not_divide() -> None:
+def test_encoding_shifts_then_scales_and_refuses_sizes_that_do_not_divide() -> None:
     component = Component(
         "vae_encoder", (TensorSpec("sample", "float32", LARGE),), (TensorSpec("latent_sample", "float32", SMALL),), AXES
     )
@@ -75,5 +87,8 @@ def test_encoding_refuses_sizes_that_do_not_divide() -> None:
     latent = Latent(4, 8, scale_factor=2.0, encoding="vq")
     assert encode(engine, latent, np.ones((1, 16, 24, 3), np.float32)).shape == (1, 4, 2, 3)
     assert encode(engine, latent, np.ones((1, 16, 24, 3), np.float32)).max() == 2.0
+    shifted = Latent(4, 8, scale_factor=2.0, shift_factor=0.25, encoding="vq")
+    assert encode(engine, shifted, np.ones((1, 16, 24, 3), np.float32)).max() == 2.0 * (1.0 - 0.25)
+    assert encode(engine, shifted, np.ones((1, 16, 24, 3), np.float32), scaled=False).max() == 1.0
     with pytest.raises(UsageError, match="multiples of 8, found 20x16"):
         encode(engine, latent, np.ones((1, 16, 20, 3), np.float32))

@@ -77,6 +77,17 @@ def test_guidance_only_inside_an_interval_of_sigmas() -> None:
     assert set(batches) == {2, 4}
 
 
+def test_the_interval_counts_from_where_a_picture_starts() -> None:
+    unet, batches = counting_unet()
+    picture = np.random.default_rng(1).random((1, 32, 32, 3)).astype(np.float32)
+    options = {"image": picture, "strength": 0.6, "steps": 10, "seed": 2, "guidance_interval": (0.5, 3.0)}
+    ids = {"prompt_ids": IDS, "negative_prompt_ids": NEGATIVE}
+    steps = list(bundles.pipeline(unet=unet).steps(**ids, **options))
+    assert [step.index for step in steps] == list(range(4, 10))
+    assert batches == [2 if 0.5 <= step.sigma <= 3.0 else 1 for step in steps]
+    assert set(batches) == {1, 2}
+
+
 def test_the_negative_prompt_and_the_scale_matter() -> None:
     pipe = bundles.pipeline()
     base = draw(pipe, latents=LATENTS).latents

@@ -82,6 +82,11 @@ def exp32(x: Any) -> Any:
     return F32(np.exp(np.float64(x)))
 
 
+def expm1_32(x: Any) -> Any:
+    """exp(x) - 1 of float32 values, correctly rounded."""
+    return F32(np.expm1(np.float64(x)))
+
+
 def _capped_betas(alpha_bar: Any, count: int) -> Array:
     ratios = [min(1 - alpha_bar((i + 1) / count) / alpha_bar(i / count), 0.999) for i in range(count)]
     return np.array(ratios, F32)

@@ -8,7 +8,7 @@ import numpy as np
 
 from latentedge.runtime.samplers.base import Call, Update
 from latentedge.runtime.samplers.dpm_solver import Point, converted, point
-from latentedge.runtime.schedules import F32, Array
+from latentedge.runtime.schedules import F32, Array, expm1_32
 
 
 def _order(call: Call, index: int, calls: int) -> int:
@@ -20,12 +20,17 @@ def _order(call: Call, index: int, calls: int) -> int:
 def _weights(ratios: list[Any], hh: Any, scale: Any) -> tuple[Array, Array]:
     """The linear system of Zhao et al. 2023, equation 5: powers of the ratios, and the phi functions to match."""
     nodes = np.array([*ratios, F32(1)], F32)
-    phi, factorial, targets = np.expm1(hh) / hh - F32(1), 1, []
+    phi, factorial, targets, powers = expm1_32(hh) / hh - F32(1), 1, [], [np.ones_like(nodes)]
     for i in range(1, len(nodes) + 1):
         targets.append(phi * F32(factorial) / scale)
         factorial *= i + 1
         phi = phi / hh - F32(1 / factorial)
-    return np.stack([nodes ** F32(i) for i in range(len(nodes))]), np.array(targets, F32)
+        powers.append(powers[-1] * nodes)
+    return np.stack(powers[:-1]), np.array(targets, F32)
+
+
+def _solved(matrix: Array, targets: Array) -> Array:
+    return np.asarray(np.linalg.solve(matrix.astype(np.float64), targets.astype(np.float64)).astype(F32))
 
 
 def _update(
@@ -42,17 +47,17 @@ def _update(
     if not np.isfinite(h):  # to sigma 0: the limit of the first-order step is the denoised sample
         denoised = newest if of_data else (sample - start.sigma * newest) / start.alpha
         return np.asarray(denoised)
-    latents = latents - growth * np.expm1(hh) * newest
+    latents = latents - growth * expm1_32(hh) * newest
     ratios = [(p.half_log_snr - start.half_log_snr) / h for p, _ in past]
     differences = [(output - newest) / ratio for (_, output), ratio in zip(past, ratios, strict=True)]
-    scale = hh if call.config["solver_type"] == "bh1" else np.expm1(hh)
+    scale = hh if call.config["solver_type"] == "bh1" else expm1_32(hh)
     matrix, targets = _weights(ratios, hh, scale)
     if corrected is not None:
         differences.append(corrected - newest)
     size = len(differences)
     if size == 0:
         return np.asarray(latents)
-    weights = np.full(1, F32(0.5)) if size == 1 else np.linalg.solve(matrix[:size, :size], targets[:size])
+    weights = np.full(1, F32(0.5)) if size == 1 else _solved(matrix[:size, :size], targets[:size])
     total = sum(weight * difference for weight, difference in zip(weights, differences, strict=True))
     return np.asarray(latents - growth * scale * total)
 

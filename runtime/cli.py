@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
         "export",
     ),
     "calibrate": ("latentedge.calibration.commands:calibrate", "Quantise a bundle to INT8.", "calibration"),
-    "build": ("latentedge.export.build_commands:build", "Build engines for a target.", None),
+    "build": ("latentedge.export.build_commands:build", "Build engines for a target.", "build"),
     "generate": ("latentedge.runtime.generate_command:generate", "Draw pictures from a bundle.", None),
     "bench": ("latentedge.benchmarks.commands:bench", "Measure a bundle on this machine.", "benchmarks"),
     "inspect": ("latentedge.runtime.inspect:inspect", "Show what is in a bundle.", None),
@@ -85,7 +85,7 @@ def run(arguments: list[str], *, debug: bool) -> int:
         extra = COMMANDS[command][2] if command in COMMANDS else None
         missing = MissingDependencyError(
             f"`latentedge {command}` needs the Python package {error.name}, which is not installed.",
-            hint=f"pip install 'latentedge[{extra or 'dev'}]'",
+            hint=f"pip install 'latentedge[{extra}]'" if extra else f"pip install {error.name}",
         )
         click.echo(f"error: {missing}", err=True)
         return missing.exit_code

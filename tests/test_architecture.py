@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
 from pathlib import Path
 
 import pytest
+
+from latentedge.runtime.cli import COMMANDS
+from latentedge.runtime.engines import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("export", "calibration", "runtime", "benchmarks")
@@ -104,6 +108,19 @@ def test_the_core_that_every_device_loads_stays_small() -> None:
     core = [path for path in modules("runtime") if path.parent.name != "engines" and path.name not in COMMAND_MODULES]
     lines = sum(code_lines(path) for path in core)
     assert lines <= CORE_LINES, f"the core has {lines} lines of code"
+
+
+def test_every_extra_that_a_hint_names_exists() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    known = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+    named = {extra for _, _, extra in COMMANDS.values() if extra} | {backend.extra for backend in BACKENDS.values()}
+    for package in PACKAGES:
+        for path in modules(package):
+            for extras in re.findall(r"latentedge\[([\w,]+)\]", path.read_text(encoding="utf-8")):
+                named |= set(extras.split(","))
+    assert {"cpu", "build", "calibration", "gpu"} <= named
+    assert named <= known, f"no such extra: {sorted(named - known)}"
 
 
 def test_the_distribution_lists_every_package() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentedge.runtime.errors import UsageError
+from latentedge.runtime.schedules import exp32, log32
 
 Array = npt.NDArray[np.float32]
 Combine = Callable[[Sequence[Array]], Array]
@@ -66,7 +67,8 @@ def guidance_embedding(weight: float, width: int) -> Array:
     Sines, then cosines, of 1000 * weight at ``width // 2`` frequencies from 1 to 1e-4; an odd width ends in 0.
     """
     half = width // 2
-    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(10000.0) / (half - 1)))
+    # Rounded as float32 at each step: angles reach thousands, so that a frequency's last bit shows in the sines.
+    frequencies = exp32(np.arange(half, dtype=np.float32) * -(log32(10000.0) / np.float32(half - 1)))
     angles = (np.float32(weight) * np.float32(1000.0)) * frequencies
     embedding = np.concatenate([np.sin(angles), np.cos(angles)])
     return np.pad(embedding, (0, width - 2 * half))[None].astype(np.float32)

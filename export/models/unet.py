@@ -6,6 +6,7 @@ Diffusion 2 and XL added (linear projections, transformer depth by level, a vect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,10 @@ def timestep_embedding(timesteps: Tensor, width: int, max_period: float = 10000.
     Frequencies are exp(-ln(max_period) * i / (width // 2)) (arXiv:1706.03762 without the -1 in the denominator).
     """
     half = width // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    frequencies = torch.exp(exponents * -torch.log(torch.tensor(max_period, device=timesteps.device)))
+    # Multiplied before it is divided, as in the original: the other order rounds some frequencies differently, which
+    # turns the angle of a late timestep by 6e-5.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    frequencies = torch.exp(exponents)
     angles = timesteps.float()[:, None] * frequencies[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return functional.pad(embedding, (0, 1)) if width % 2 else embedding

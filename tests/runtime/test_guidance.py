@@ -77,6 +77,10 @@ def test_the_embedding_agrees_with_diffusers() -> None:
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img")
     method = module.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    for width in (16, 32, 64):
+        expected = method(None, torch.tensor([7.0]), embedding_dim=width).numpy()
+        np.testing.assert_allclose(guidance.guidance_embedding(7.0, width), expected, atol=1e-6)
+    # torch's own exponential is off by a bit at some of the many frequencies.
     expected = method(None, torch.tensor([7.0]), embedding_dim=256).numpy()
     np.testing.assert_allclose(guidance.guidance_embedding(7.0, 256), expected, atol=1e-3)
 

@@ -11,6 +11,7 @@ import numpy as np
 from latentedge.runtime import guidance
 from latentedge.runtime.bundle import Array
 from latentedge.runtime.engines.base import Engine
+from latentedge.runtime.tiles import tiled
 
 #: Turns the branches' outputs, in the order of the branches, into one model output.
 Combine = Callable[[Sequence[Array]], Array]
@@ -28,7 +29,9 @@ class Denoiser:
     """Evaluates every branch in one batch, or one after the other where memory is short.
 
     Embeddings are written once for each binding, sample and timestep at each call. ``conditional`` is the index of
-    the branch that is left when guidance is off.
+    the branch that is left when guidance is off. With ``tile``, latents that are larger are evaluated in overlapping
+    tiles of that side, conditioning pictures cut along, and the outputs are blended in every call: the joint
+    diffusion of Bar-Tal et al. 2023 (arXiv 2302.08113).
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class Denoiser:
         *,
         conditional: int = 0,
         separate: bool = False,
+        tile: int | None = None,
     ) -> None:
         self._engine = engine
         self._branches = tuple(branches)
         self._combine = combine
         self._conditional = conditional
         self._separate = separate
+        self._tile = tile
         self._written: tuple[int, ...] | None = None
         self._stacked: dict[tuple[int, ...], dict[str, Array]] = {}
         self.evaluations = 0
@@ -76,6 +81,20 @@ class Denoiser:
 
     def _run(self, sample: Array, timestep: float, chosen: tuple[int, ...]) -> list[Array]:
         stacked = np.concatenate([self._with_concat(sample, self._branches[index]) for index in chosen])
+        if self._tile is None or max(sample.shape[2:]) <= self._tile:
+            output = self._output(stacked, timestep, chosen)
+        else:
+            output = tiled(
+                lambda piece: self._output(piece, timestep, chosen), stacked, self._tile, self._overlap(self._tile), 1
+            )
+        return np.split(output, len(chosen))
+
+    def _overlap(self, tile: int) -> int:
+        """At least a quarter of a tile, in steps that the network's own halvings do not shift against each other."""
+        multiple = max(axis.multiple for axis in self._engine.component.axes.values())
+        return -(-tile // (4 * multiple)) * multiple
+
+    def _output(self, stacked: Array, timestep: float, chosen: tuple[int, ...]) -> Array:
         timesteps = np.full(len(stacked), timestep, np.float32)
         constants = self._constants(chosen)
         self._engine.bind(**self._engine.component.axes_of({"sample": stacked, "timestep": timesteps, **constants}))
@@ -88,7 +107,7 @@ class Denoiser:
         self._engine.write("timestep", timesteps)
         self._engine.run()
         self.evaluations += 1
-        return np.split(self._engine.read("out_sample"), len(chosen))
+        return self._engine.read("out_sample")
 
     def _constants(self, chosen: tuple[int, ...]) -> dict[str, Array]:
         if chosen not in self._stacked:

@@ -80,7 +80,7 @@ def size_from(text: str) -> tuple[int, int]:
 @click.option("--embeddings", type=click.Path(), help="NPY file with CLIP embeddings.")
 @click.option("--eta", type=float, help="DDIM's noise, 0 to 1.")
 @click.option("--rng", type=click.Choice(["torch", "cuda", "numpy"]), default="torch", help="Whose noise a seed gives.")
-@click.option("--tile", type=int, help="Decode in tiles of this many latent pixels.")
+@click.option("--tile", type=int, help="Side of tiles in latent pixels; 0: none.")
 @click.option("--preview", type=click.Path(path_type=Path), help="PNG file that shows the picture as it grows.")
 @click.option("--preview-every", type=int, default=5, show_default=True, help="Steps between two previews.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Also write all pictures as one contact sheet.")

@@ -25,6 +25,9 @@ from latentedge.runtime.request import Request
 from latentedge.runtime.run import Draws, Run, picture_count
 from latentedge.runtime.samplers import Step
 
+#: Conditioning pictures that say what each part of the result shows, so that the UNet may draw it in tiles.
+TILED_BY = ("low_resolution_image", "segmentation")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -138,7 +141,8 @@ class Pipeline:
         - ``guidance_scale``, ``guidance_rescale``, ``guidance_interval`` (lowest and highest sigma),
           ``image_guidance_scale``.
         - ``callback``: called with each :class:`~latentedge.runtime.samplers.Step`; returning True stops.
-        - ``tile``: decode in tiles of this many latent pixels.
+        - ``tile``: side of the tiles, in latent pixels, that encoder and decoder work in, and the UNet of a
+          super-resolution or semantic model; 0: none. Super-resolution of more than the bundle's largest size is tiled.
         - ``latents``, ``noise``, ``prompt_ids``, ``negative_prompt_ids``, ``encoder_hidden_states``,
           ``negative_encoder_hidden_states``, ``text_embeds``, ``negative_text_embeds``: exact replay.
 
@@ -208,8 +212,16 @@ class Pipeline:
             draws=Draws(NoiseStream(request.rng, seed), request.noise),
             pictures=None if pictures is None else repeated(pictures, count, "image"),
             mask=None if mask is None else repeated(mask, count, "mask"),
+            tile=self._tile(request),
             timings={"seed": seed},
         )
+
+    def _tile(self, request: Request) -> int | None:
+        """Side of a tile in latent pixels; super-resolution takes the UNet's largest side where none is asked for."""
+        if request.tile is not None or self.bundle.task != "super-resolution":
+            return request.tile or None
+        sides = [axis for name, axis in self._bundle.component("unet").axes.items() if name != "batch"]
+        return min((axis.max - axis.max % axis.multiple for axis in sides), default=None)
 
     def _pictures(self, request: Request) -> tuple[Array | None, Array | None]:
         """Picture and mask in the size that is drawn, the mask as 0 (keep) and 1 (paint)."""
@@ -322,7 +334,7 @@ class Pipeline:
             return np.asarray(noise * np.float32(plan.init_noise_sigma), np.float32), 0, None
         assert run.pictures is not None
         encoder = self.engine("vae_encoder")
-        encoded = autoencoder.encode(encoder, manifest.latent, run.pictures, run.draws, tile=request.tile)
+        encoded = autoencoder.encode(encoder, manifest.latent, run.pictures, run.draws, tile=run.tile)
         noise = self._initial_noise(request, shape, run.draws)
         begin = plan.begin(run.strength)
         known = (encoded, noise) if run.mask is not None and not takes_picture else None
@@ -388,7 +400,25 @@ class Pipeline:
         elif unconditional is not None:
             branches, index = [conditioner.branch(unconditional, concat), branches[0]], 1
             combine = guidance.classifier_free(run.guidance_scale, run.request.guidance_rescale)
-        return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=self.options.low_memory)
+        tile = self._unet_tile(run, concat)
+        separate = self.options.low_memory
+        return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=separate, tile=tile)
+
+    def _unet_tile(self, run: Run, concat: Array | None) -> int | None:
+        """Side of the UNet's tiles; ``None`` for a smaller latent, and where no picture says what each tile shows."""
+        if concat is None or run.tile is None or max(concat.shape[2:]) <= run.tile:
+            return None
+        if not any(entry.source in TILED_BY for entry in self.bundle.conditioning.concat):
+            return None
+        multiple = max(axis.multiple for axis in self._bundle.component("unet").axes.values())
+        if run.tile % multiple:
+            raise UsageError(f"this UNet takes tiles whose side is a multiple of {multiple}, found {run.tile}.")
+        if self.options.cache_interval > 1:
+            raise UsageError(
+                "step caching does not go with tiles: each needs the deep blocks of its own last evaluation.",
+                hint="leave one of the two out; tile 0 draws the picture whole",
+            )
+        return run.tile
 
     def _keep_known(self, run: Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
         """Put the noised picture back outside of the mask after every step (a model without a mask input)."""
@@ -407,13 +437,12 @@ class Pipeline:
 
     def _reconstruct(self, run: Run) -> Result:
         assert run.pictures is not None
-        latent, tile = self.bundle.latent, run.request.tile
-        latents = autoencoder.encode(self.engine("vae_encoder"), latent, run.pictures, tile=tile)
+        latents = autoencoder.encode(self.engine("vae_encoder"), self.bundle.latent, run.pictures, tile=run.tile)
         return self._finish(run, latents)
 
     def _finish(self, run: Run, latents: Array) -> Result:
         clock = time.perf_counter()
-        array = self.decode(latents, run.request.tile)
+        array = self.decode(latents, run.tile)
         compvis = self.bundle.schedule.get("dialect") == "compvis"
         if compvis and self.bundle.task == "inpainting" and run.mask is not None and run.pictures is not None:
             paint = run.mask[..., None]

@@ -10,6 +10,9 @@ from latentedge.runtime.bundle import Array, Manifest
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.images import Picture
 
+#: Smaller tiles would not overlap.
+SMALLEST_TILE = 4
+
 
 @dataclass(frozen=True)
 class Request:
@@ -68,6 +71,10 @@ class Request:
             raise UsageError(f"batch_size must be at least 1, found {self.batch_size}.")
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise UsageError(f"strength goes from 0 to 1, found {self.strength:g}.")
+        if self.tile is not None and (self.tile < 0 or 0 < self.tile < SMALLEST_TILE):
+            raise UsageError(
+                f"tile is a side of at least {SMALLEST_TILE} latent pixels, or 0 for none; found {self.tile}."
+            )
         if self.mask is not None and self.image is None:
             raise UsageError("a mask needs the image that it belongs to.")
         if self.strength is not None and self.image is None:

@@ -56,6 +56,7 @@ class Run:
     draws: Draws
     pictures: Array | None = None
     mask: Array | None = None
+    tile: int | None = None
     timings: dict[str, Any] = field(default_factory=dict)
 
 

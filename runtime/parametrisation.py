@@ -58,6 +58,18 @@ def denoised_at(kind: str, sample: Array, output: Array, sigma: Any) -> Array:
     raise _unknown(kind)
 
 
+def preconditioned(kind: str, sample: Array, output: Array, sigma: Any, data: float) -> Array:
+    """The x0 that the output implies for ``sample = x0 + sigma * noise``, x0 having the standard deviation ``data``.
+
+    Karras et al. 2022 (arXiv 2206.00364), table 1: the model sees the sample scaled to variance 1.
+    """
+    if kind not in ("epsilon", "v_prediction"):
+        raise _unknown(kind)
+    variance = np.square(sigma) + F32(data**2)
+    out = sigma * F32(data) / np.sqrt(variance)
+    return np.asarray(F32(data**2) / variance * sample + (out if kind == "epsilon" else -out) * output)
+
+
 def limited(config: Config, denoised: Array, clip: bool = True) -> Array:
     """Dynamic thresholding (Saharia et al. 2022, section 2.3) or clipping to a range, where the config asks for it."""
     if config.get("thresholding"):

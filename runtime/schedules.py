@@ -30,6 +30,7 @@ _CONSISTENCY = {**_LATENT_BETAS, "beta_schedule": "scaled_linear", "original_inf
                 "set_alpha_to_one": True, "timestep_scaling": 10.0}  # fmt: skip
 _SOLVER = {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
            "flow_shift": 1.0, "lambda_min_clipped": -math.inf, "time_shift_type": "exponential"}  # fmt: skip
+_EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0}
 # What each class assumes for a field that its config leaves out (facts of diffusers 0.42 signatures).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"timestep_spacing": "leading", "clip_sample": True, "set_alpha_to_one": True},
@@ -47,6 +48,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": {**_SOLVER, "solver_type": "bh2", "predict_x0": True, "disable_corrector": ()},
     "FlowMatchEulerDiscreteScheduler": {"shift": 1.0, "time_shift_type": "exponential"},
     "FlowMatchHeunDiscreteScheduler": {"shift": 1.0},
+    "FlowMatchLCMScheduler": {"shift": 1.0, "time_shift_type": "exponential"},
+    "DDIMParallelScheduler": {"timestep_spacing": "leading", "clip_sample": True, "set_alpha_to_one": True},
+    "DDPMParallelScheduler": {"timestep_spacing": "leading", "clip_sample": True, "variance_type": "fixed_small"},
+    "EDMEulerScheduler": _EDM,
+    "EDMDPMSolverMultistepScheduler": {**_SOLVER, **_EDM},
+    "SASolverScheduler": {**_SOLVER, "algorithm_type": "data_prediction", "predictor_order": 2, "corrector_order": 2},
 }
 # Sabour et al. 2024 (Align Your Steps), ten-step optima; other step counts interpolate log sigma.
 ALIGN_YOUR_STEPS = {
@@ -69,7 +76,7 @@ def linspace(start: float, end: float, count: int, dtype: Any = F32) -> Array:
     step = wide((dtype(end) - dtype(start)) / dtype(max(count - 1, 1)))
     i = np.arange(count).astype(wide)
     ascending, descending = wide(dtype(start)) + step * i, wide(dtype(end)) - step * (count - 1 - i)
-    return np.asarray(np.where(i < count // 2, ascending, descending).astype(dtype))
+    return np.asarray(np.where((i < count // 2) | (count == 1), ascending, descending).astype(dtype))
 
 
 def log32(x: Any) -> Any:
@@ -186,7 +193,8 @@ def spaced(config: Config, steps: int, extra: int = 0, last: int | None = None) 
 def timestep_of_sigma(sigmas: Array, log_sigmas: Array, index_type: Any = np.float64) -> Array:
     """The fractional training timestep of each sigma, by linear interpolation of log sigma."""
     wanted = np.log(np.maximum(sigmas, 1e-10, dtype=sigmas.dtype))
-    low = np.clip(np.searchsorted(log_sigmas, wanted, side="right") - 1, 0, len(log_sigmas) - 2)
+    reached = (log_sigmas <= wanted[:, None])[:, ::-1]  # a table rescaled to zero SNR need not rise at its end
+    low = np.where(reached.any(axis=1), len(log_sigmas) - 1 - reached.argmax(axis=1), 0).clip(0, len(log_sigmas) - 2)
     below, above = log_sigmas[low], log_sigmas[low + 1]
     weight = np.clip((below - wanted) / (below - above), 0, 1)
     index = low.astype(index_type)

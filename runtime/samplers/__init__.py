@@ -15,7 +15,7 @@ import numpy as np
 from latentedge.runtime import schedules
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 from latentedge.runtime.noise import NoiseStream
-from latentedge.runtime.samplers import compvis, deis, discrete, dpm_solver, euler, plans, plms, unipc
+from latentedge.runtime.samplers import compvis, deis, discrete, dpm_solver, edm, euler, plans, plms, sa_solver, unipc
 from latentedge.runtime.samplers.base import Call, History, Update
 from latentedge.runtime.samplers.plans import Plan
 from latentedge.runtime.schedules import F32, Array
@@ -71,6 +71,12 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "FlowMatchEulerDiscreteScheduler": Sampler(plans.flow, euler.flow_euler, (*WITH_FLOW, "flow")),
     "FlowMatchHeunDiscreteScheduler": Sampler(plans.flow, euler.flow_heun, (*WITH_FLOW, "flow"), (), 2),
+    "FlowMatchLCMScheduler": Sampler(plans.flow, euler.flow_lcm, (*WITH_FLOW, "flow")),
+    "DDIMParallelScheduler": Sampler(plans.discrete, discrete.ddim),
+    "DDPMParallelScheduler": Sampler(plans.discrete, discrete.ddpm, ignores=("set_alpha_to_one",)),
+    "EDMEulerScheduler": Sampler(edm.edm_plan, edm.edm_euler, NO_SAMPLE),
+    "EDMDPMSolverMultistepScheduler": Sampler(edm.edm_plan, dpm_solver.multistep, NO_SAMPLE),
+    "SASolverScheduler": Sampler(plans.solver, sa_solver.sa_solver, WITH_FLOW, (*_MULTISTEP_ONLY, "final_sigmas_type")),
     "CompVisDPMSolver": Sampler(compvis.dpm_solver_plan, compvis.dpm_solver),
 }
 # What takes a class's place where the schedule has ``"dialect": "compvis"``.
@@ -107,6 +113,8 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "deis": ("DEISMultistepScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "flow_lcm": ("FlowMatchLCMScheduler", {}),
+    "sa_solver": ("SASolverScheduler", {}),
 }
 SUFFIXES: dict[str, dict[str, Any]] = {
     "karras": {"use_karras_sigmas": True},
@@ -175,11 +183,13 @@ def _configured(schedule: Mapping[str, Any], sampler: str | None, given: Mapping
     kept = {k: v for k, v in schedule.items() if k not in SAMPLERS[name].ignores}
     config = {**schedules.COMMON, **default, **kept, **options, **given, "_class_name": name}
     solver = str(config.get("solver_type", ""))
-    if name.startswith("DPMSolver"):
+    if "DPMSolver" in name:
         config["solver_type"] = "midpoint" if solver in ("logrho", "bh1", "bh2") else solver
         config["algorithm_type"] = str(config.get("algorithm_type")).replace("deis", "dpmsolver++")
     elif name == "UniPCMultistepScheduler":
         config["solver_type"] = "bh2" if solver in ("midpoint", "heun", "logrho") else solver
+    elif name == "SASolverScheduler" and own != name:  # the field has other values in the classes that share it
+        config["algorithm_type"] = "data_prediction"
     _check(config)
     return config
 
@@ -189,7 +199,13 @@ def _check(config: Mapping[str, Any]) -> None:
     name, kind = str(config["_class_name"]), config["prediction_type"]
     choices: dict[str, tuple[Any, ...]] = {"prediction_type": SAMPLERS[name].predictions}
     algorithm, final = config.get("algorithm_type"), config["final_sigmas_type"]
-    if name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
+    if name == "EDMDPMSolverMultistepScheduler":
+        choices["solver_type"], choices["solver_order"] = ("midpoint", "heun"), (1, 2, 3)
+        choices["algorithm_type"] = ("dpmsolver++",) if config["solver_order"] == 3 else ("dpmsolver++", "sde-dpmsolver++")
+    elif name == "SASolverScheduler":
+        choices["algorithm_type"] = ("data_prediction", "noise_prediction")
+        choices["predictor_order"] = choices["corrector_order"] = (1, 2, 3, 4)
+    elif name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
         choices["solver_type"] = ("midpoint", "heun")
         choices["solver_order"] = (1, 2, 3)
         choices["algorithm_type"] = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
@@ -201,7 +217,7 @@ def _check(config: Mapping[str, Any]) -> None:
         choices["solver_type"] = ("bh1", "bh2")
     elif name == "DEISMultistepScheduler":
         choices["solver_order"] = (1, 2, 3)
-    of_noise = algorithm in ("dpmsolver", "sde-dpmsolver") or config.get("predict_x0") is False
+    of_noise = algorithm in ("dpmsolver", "sde-dpmsolver", "noise_prediction") or config.get("predict_x0") is False
     if kind == "flow_prediction" and of_noise:
         choices["prediction_type"] = ALL
     for option, allowed in choices.items():

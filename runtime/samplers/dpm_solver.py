@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.parametrisation import denoised_of, limited, noise_of
+from latentedge.runtime.parametrisation import denoised_of, limited, noise_of, preconditioned
 from latentedge.runtime.samplers.base import Call, Update
 from latentedge.runtime.schedules import F32, Array, alpha_sigma, exp32, log32
 
@@ -22,6 +22,8 @@ class Point(NamedTuple):
 
 def point(call: Call, index: int) -> Point:
     """The noise level of entry ``index`` of the plan's sigmas."""
+    if call.plan.space == "sigma":
+        return Point(F32(1), call.plan.sigmas[index], -log32(call.plan.sigmas[index]))
     alpha, sigma = alpha_sigma(call.plan.sigmas[index], bool(call.config.get("use_flow_sigmas")))
     with np.errstate(divide="ignore"):
         return Point(alpha, sigma, log32(alpha) - log32(sigma))
@@ -32,7 +34,10 @@ def converted(call: Call, of_noise: bool) -> tuple[Array, Array]:
     alpha, sigma, _ = point(call, call.index)
     if call.kind == "flow_prediction":
         sigma = call.sigma
-    raw = denoised_of(call.kind, call.latents, call.output, alpha, sigma)
+    if call.plan.space == "sigma":
+        raw = preconditioned(call.kind, call.latents, call.output, sigma, call.plan.tables["sigma_data"])
+    else:
+        raw = denoised_of(call.kind, call.latents, call.output, alpha, sigma)
     denoised = limited(call.config, raw, clip=False)
     if not of_noise:
         return denoised, denoised

@@ -12,9 +12,9 @@ from latentedge.runtime.samplers.base import Call, Update
 from latentedge.runtime.schedules import F32, Array, ancestral_split, exp32, log32
 
 
-def _churned(call: Call) -> tuple[Array, Any]:
+def churned(call: Call, sigma: Any) -> tuple[Array, Any]:
     """(latents, sigma_hat) with noise added back: Karras et al. 2022 (arXiv 2206.00364), algorithm 2, lines 4 to 6."""
-    options, sigma = call.config, call.sigma
+    options = call.config
     inside = options.get("s_tmin", 0.0) <= sigma <= options.get("s_tmax", math.inf)
     gamma = min(options.get("s_churn", 0.0) / (len(call.plan.sigmas) - 1), 2**0.5 - 1) if inside else 0.0
     if gamma <= 0:
@@ -26,7 +26,7 @@ def _churned(call: Call) -> tuple[Array, Any]:
 
 def euler(call: Call) -> Update:
     """Euler: Karras et al. 2022, algorithm 2 without the correction; churn where the schedule sets ``s_churn``."""
-    sample, sigma_hat = _churned(call)
+    sample, sigma_hat = churned(call, call.sigma)
     at = sigma_hat if call.kind == "epsilon" else call.sigma
     denoised = denoised_at(call.kind, sample, call.output, at)
     return call.done(sample + (sample - denoised) / sigma_hat * (call.sigma_next - sigma_hat), denoised)
@@ -150,20 +150,25 @@ def dpmpp_sde(call: Call) -> Update:
 
 def flow_euler(call: Call) -> Update:
     """Rectified flow: Liu et al. 2022 (arXiv 2209.03003), algorithm 1; ``stochastic_sampling`` renoises each step."""
-    denoised = call.latents - call.sigma * call.output
     if call.config.get("stochastic_sampling"):
-        return call.done((F32(1) - call.sigma_next) * denoised + call.sigma_next * call.draw(), denoised)
+        return flow_lcm(call)
+    denoised = call.latents - call.sigma * call.output
     return call.done(call.latents + (call.sigma_next - call.sigma) * call.output, denoised)
 
 
+def flow_lcm(call: Call) -> Update:
+    """Consistency sampling on a flow: Luo et al. 2023 (arXiv 2310.04378), algorithm 3; every step renoises x0."""
+    denoised = call.latents - call.sigma * call.output
+    return call.done((F32(1) - call.sigma_next) * denoised + call.sigma_next * call.draw(), denoised)
+
+
 def flow_heun(call: Call) -> Update:
-    """Heun's rule on the flow's velocity; churn as for Euler."""
-    sample, start = call.latents, call.history.sample
-    sigma_hat = call.sigma
-    if start is None:
-        sample, sigma_hat = _churned(call)
+    """Heun's rule on the flow's velocity; churn as for Euler, drawn for both evaluations of a step."""
+    start = call.history.sample
+    before = call.sigma if start is None else call.plan.sigmas[call.index - 1]
+    sample, sigma_hat = churned(call, before)
     denoised = sample - call.output * call.sigma
-    slope = (sample - denoised) / sigma_hat
+    slope = (sample - denoised) / (sigma_hat if start is None else call.sigma)
     if start is None:
         step = np.asarray(call.sigma_next - sigma_hat)
         return call.done(sample + slope * step, denoised, outputs=(slope,), sample=sample, partial=step)

@@ -57,6 +57,8 @@ class Plan:
         """The sample as the model takes it at evaluation ``index``: in sigma space divided by sqrt(sigma**2 + 1)."""
         if self.space != "sigma":
             return sample
+        if (data := self.tables.get("sigma_data")) is not None:  # EDM: divided by the standard deviation of the sample
+            return np.asarray(sample * (F32(1) / np.sqrt(np.square(self.input_sigmas[index]) + F32(data**2))))
         return np.asarray(sample / np.sqrt(np.square(self.input_sigmas[index]) + F32(1)))
 
     def begin(self, strength: float) -> int:
@@ -105,7 +107,7 @@ def _given(config: Config, name: str) -> Array | None:
     return None if config.get(name) is None else np.asarray(config[name])
 
 
-def _final_sigma(config: Config, sigma_min: Any) -> Any:
+def final_sigma(config: Config, sigma_min: Any) -> Any:
     match config["final_sigmas_type"]:
         case "zero":
             return 0.0
@@ -169,7 +171,7 @@ def _sigma_steps(config: Config, steps: int, timestep_type: Any) -> tuple[Array,
         sigmas = exp32(linspace(np.log(table[-1]), np.log(table[0]), steps + 1))
     if (changed := respaced(config, sigmas[0], sigmas[-1], steps)) is not None:
         sigmas, timesteps = changed, timestep_of_sigma(changed, logs)
-    return timesteps, np.append(sigmas, _final_sigma(config, table[0])), acp
+    return timesteps, np.append(sigmas, final_sigma(config, table[0])), acp
 
 
 def _sigma_plan(config: Config, steps: int, timesteps: Array, sigmas: Array, acp: Array, **tables: Any) -> Plan:
@@ -268,10 +270,10 @@ def solver(config: Config, steps: int) -> Plan:
     elif config.get("use_flow_sigmas"):
         sigmas = _flow_solver_sigmas(config, steps)
         timesteps = sigmas * total
-    deis = name == "DEISMultistepScheduler"
-    final = lowest if sigmas is None or not (unipc or deis) else sigmas[-1]
+    to_last = name in ("DEISMultistepScheduler", "SASolverScheduler")
+    final = lowest if sigmas is None or not (unipc or to_last) else sigmas[-1]
     sigmas = np.interp(timesteps, np.arange(len(table)), table) if sigmas is None else sigmas
-    sigmas = np.append(sigmas, final if deis else _final_sigma(config, final)).astype(F32)
+    sigmas = np.append(sigmas, final if to_last else final_sigma(config, final)).astype(F32)
     return Plan(config, steps, timesteps.astype(np.int64), sigmas, 1.0, "solver", acp)
 
 

@@ -66,6 +66,28 @@ def _runge_kutta(call: Call, denoised: Array) -> Update:
     return call.done(latents, denoised, outputs=outputs, sample=start, partial=None if stage == 3 else total)
 
 
+def _arctangent(x: Array) -> Array:
+    """The arctangent of float32 values from 0 to infinity as fdlibm rounds it, which the reference's timesteps show.
+
+    Ng et al. 1993, "fdlibm", s_atan: the argument is moved near 0 by one of five known angles, then a polynomial.
+    """
+    ranges = [x < F32(0.4375), x < F32(0.6875), x < F32(1.1875), x < F32(2.4375)]
+    one, two, half3 = F32(1), F32(2), F32(1.5)
+    moved = [x, (two * x - one) / (two + x), (x - one) / (x + one), (x - half3) / (one + half3 * x)]
+    z = np.select(ranges, moved, -one / x)
+    angle = np.select(ranges, [F32(0), F32(0.46364760399), F32(0.78539812565), F32(0.98279368877)], F32(1.5707962513))
+    rest = np.select(ranges, [F32(0), F32(5.0121582440e-9), F32(3.7748947079e-8), F32(3.4473217170e-8)],
+                     F32(7.5497894159e-8))  # fmt: skip
+    terms = [0.33333334327, -0.20000000298, 0.14285714924, -0.11111110449, 0.090908870101, -0.076918758452,
+             0.066610731184, -0.058335702866, 0.049768779427, -0.036531571299, 0.016285819933]  # fmt: skip
+    square = z * z
+    fourth, sums = square * square, [np.zeros_like(z), np.zeros_like(z)]
+    for i in reversed(range(len(terms))):
+        sums[i % 2] = F32(terms[i]) + fourth * sums[i % 2]
+    bend = z * (square * sums[0] + fourth * sums[1])
+    return np.asarray(np.where(ranges[0], z - bend, angle - ((bend - rest) - z)), F32)
+
+
 def ipndm_plan(config: Config, steps: int) -> Plan:
     """Timesteps in (0, 1]; noise weight sin(t pi / 2)**2, so that the schedule needs no betas."""
     ramp = np.append(linspace(1, 0, steps + 1)[:-1], F32(0))
@@ -73,8 +95,8 @@ def ipndm_plan(config: Config, steps: int) -> Plan:
     angles = (ramp * F32(math.pi) / F32(2)).astype(np.float64)
     weights = np.sin(angles).astype(F32) ** 2 if given is None else np.asarray(given, F32)
     alphas = np.sqrt(F32(1) - np.square(weights))
-    times = np.arctan2(weights.astype(np.float64), alphas.astype(np.float64)).astype(F32)
-    timesteps = (times / F32(math.pi) * F32(2))[:-1]
+    with np.errstate(divide="ignore"):
+        timesteps = (_arctangent(weights / alphas) / F32(math.pi) * F32(2))[:-1]
     sigmas = weights / np.maximum(alphas, F32(1e-8))
     return Plan(config, steps, timesteps, sigmas, 1.0, "solver", tables={"weights": weights, "alphas": alphas})
 

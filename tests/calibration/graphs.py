@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from latentedge.calibration.candidates import write_manifest
-from latentedge.runtime.bundle import (
-    Axis,
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    TensorSpec,
-    Variant,
-    file_sha256,
-)
+from latentedge.runtime.bundle import Axis, Bundle, Component, Defaults, Latent, TensorSpec
+from tests import tiny_bundles
 
 WIDTH = 32
 SIZE = 8
@@ -156,7 +143,7 @@ def write_bundle(folder: Path, seed: int = 0, outlier: float = 1.0, **changes: A
     axes = {"batch": Axis(1, 1, 4), "latent_height": Axis(2, SIZE, 64), "latent_width": Axis(2, SIZE, 64)}
     latent = ("batch", 4, "latent_height", "latent_width")
     picture = ("batch", 3, "latent_height", "latent_width")
-    components = {}
+    components = []
     for name, model, inputs, output in (
         (
             "unet",
@@ -171,22 +158,12 @@ def write_bundle(folder: Path, seed: int = 0, outlier: float = 1.0, **changes: A
             TensorSpec("sample", "float32", picture),
         ),
     ):
-        path = folder / name / "model.onnx"
-        path.parent.mkdir(parents=True)
-        onnx.save(model, path)
-        variant = Variant(f"{name}/model.onnx", file_sha256(path), path.stat().st_size)
-        components[name] = Component(name, inputs, (output,), axes, {"fp32": variant})
-    manifest = Manifest(
-        family="test",
-        task="unconditional",
-        source=Source("test", {}),
-        created_with={},
-        latent=Latent(4, 1, encoding="plain"),
-        conditioning=Conditioning(),
-        schedule={"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-                  "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False, "dialect": "diffusers"},
-        defaults=Defaults(SIZE, SIZE, "ddim", steps=6),
-        components=components,
-    )  # fmt: skip
-    write_manifest(Bundle(folder, dataclasses.replace(manifest, **changes)))
-    return Bundle.open(folder)
+        variant = tiny_bundles.write_graph(folder, f"{name}/model.onnx", model.SerializeToString())
+        components.append(Component(name, inputs, (output,), axes, {"fp32": variant}))
+    fields = {
+        "task": "unconditional",
+        "latent": Latent(4, 1, encoding="plain"),
+        "schedule": tiny_bundles.SCHEDULE,
+        "defaults": Defaults(SIZE, SIZE, "ddim", steps=6),
+    }
+    return tiny_bundles.write_bundle(folder, *components, **{**fields, **changes})

@@ -18,12 +18,12 @@ from latentedge.runtime.bundle import (
     Defaults,
     Latent,
     Manifest,
-    Source,
     TensorSpec,
     TextEncoder,
 )
 from latentedge.runtime.engines.null import NullEngine
 from latentedge.runtime.pipeline import Pipeline
+from tests.tiny_bundles import SCHEDULE, manifest_of
 
 SIZES = {"latent_height": Axis(2, 8, 64, 2), "latent_width": Axis(2, 8, 64, 2)}
 BATCH = {"batch": Axis(1, 1, 8)}
@@ -100,18 +100,13 @@ def text_components(channels: int = 4) -> dict[str, Component]:
 
 
 def text_manifest(**changes: Any) -> Manifest:
-    manifest = Manifest(
-        family="test",
-        task="text-to-image",
-        source=Source("test", {}),
-        created_with={},
+    manifest = manifest_of(
+        *text_components().values(),
         latent=Latent(4, 4, scale_factor=0.5),
         conditioning=Conditioning("text", (TextEncoder("text_encoder", None),), unconditional="empty_text"),
-        schedule={"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-                  "beta_end": 0.012, "clip_sample": False, "set_alpha_to_one": False, "dialect": "diffusers"},
+        schedule=SCHEDULE,
         defaults=Defaults(32, 32, "ddim", steps=5, guidance_scale=3.0),
-        components=text_components(),
-    )  # fmt: skip
+    )
     return dataclasses.replace(manifest, **changes)
 
 

@@ -12,23 +12,12 @@ import numpy as np
 import pytest
 
 from latentedge.runtime import doctor
-from latentedge.runtime.bundle import (
-    Axis,
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    TensorSpec,
-    Variant,
-    file_sha256,
-)
+from latentedge.runtime.bundle import Axis, Bundle, Component, TensorSpec
 from latentedge.runtime.engines import BACKENDS, EngineOptions, cuda, open_engine, tensorrt
 from latentedge.runtime.engines.base import Engine
 from latentedge.runtime.engines.null import NullEngine
 from latentedge.runtime.errors import EngineError, UsageError
+from tests import tiny_bundles
 from tests.runtime.fake_cuda import FakeCuda, fake_tensorrt
 
 SAMPLE = ("batch", 4, "latent_height", 4)
@@ -83,17 +72,8 @@ def onnx_graph() -> bytes:
 
 
 def write_bundle(folder: Path, content: bytes) -> Bundle:
-    path = folder / "unet" / "model.onnx"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    variant = Variant("unet/model.onnx", file_sha256(path), len(content))
-    component = dataclasses.replace(COMPONENT, variants={"fp32": variant})
-    manifest = Manifest(
-        "ldm", "text-to-image", Source("test", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(32, 32),
-        {"unet": component},
-    )  # fmt: skip
-    (folder / "latentedge.json").write_text(json.dumps(manifest.to_json()))
-    return Bundle.open(folder)
+    variant = tiny_bundles.write_graph(folder, "unet/model.onnx", content)
+    return tiny_bundles.write_bundle(folder, dataclasses.replace(COMPONENT, variants={"fp32": variant}))
 
 
 def open_null(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:

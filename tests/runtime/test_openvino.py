@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from latentedge.runtime.bundle import (
-    Array,
-    Axis,
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    TensorSpec,
-    Variant,
-)
+from latentedge.runtime.bundle import Array, Axis, Bundle, Component, TensorSpec
 from latentedge.runtime.engines.base import EngineOptions
 from latentedge.runtime.errors import EngineError, UsageError
+from tests import tiny_bundles
 
 onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
@@ -33,7 +21,7 @@ WEIGHT = np.random.default_rng(5).standard_normal((48, 32)).astype(np.float32)
 OPTIONS = EngineOptions(threads=1)
 
 
-def write_graph(path: Path, weight: Array) -> None:
+def graph(weight: Array) -> bytes:
     """``y = x @ weight`` with x [batch, 48]."""
     helper = onnx.helper
     graph = helper.make_graph(
@@ -43,14 +31,13 @@ def write_graph(path: Path, weight: Array) -> None:
         [helper.make_tensor_value_info("y", 1, ["batch", 32])],
         [onnx.numpy_helper.from_array(weight, "w")],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def make_bundle(folder: Path, weight: Array = WEIGHT) -> tuple[Bundle, Component]:
-    path = folder / "net" / "model.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_graph(path, weight)
-    variant = Variant("net/model.onnx", hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    variant = tiny_bundles.write_graph(folder, "net/model.onnx", graph(weight))
     component = Component(
         "net",
         (TensorSpec("x", "float32", ("batch", 48)),),
@@ -58,10 +45,8 @@ def make_bundle(folder: Path, weight: Array = WEIGHT) -> tuple[Bundle, Component
         {"batch": Axis(1, 2, 8)},
         {"fp32": variant},
     )
-    manifest = Manifest(
-        "test", "test", Source("onnx", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(64, 64), {"net": component}
-    )
-    return Bundle(folder, manifest), component
+    bundle = tiny_bundles.write_bundle(folder, component)
+    return bundle, bundle.component("net")
 
 
 @pytest.mark.parametrize("batch", [1, 3])

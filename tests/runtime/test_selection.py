@@ -8,20 +8,11 @@ from typing import Any
 import pytest
 
 from latentedge.runtime import engines
-from latentedge.runtime.bundle import (
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    Variant,
-    graph_precision,
-)
+from latentedge.runtime.bundle import Bundle, Component, Variant, graph_precision
 from latentedge.runtime.errors import MissingDependencyError, UsageError
 from latentedge.runtime.machine import machine_fingerprint
 from latentedge.runtime.selection import choose, component_precision, library_version
+from tests.tiny_bundles import manifest_of
 
 #: Libraries that stand in for the engine libraries, so that the choice does not depend on what is installed.
 STAND_IN = {"onnxruntime": "numpy", "openvino": "click"}
@@ -60,10 +51,7 @@ def bundle(**measured: list[dict[str, Any]]) -> Bundle:
         for name, records in measured.items()
     }
     unet = Component("unet", (), (), {}, variants)
-    manifest = Manifest(
-        "test", "test", Source("onnx", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(64, 64), {"unet": unet}
-    )
-    return Bundle(Path("b.bundle"), manifest)
+    return Bundle(Path("b.bundle"), manifest_of(unet))
 
 
 def chosen(found: Bundle, backend: str = "auto", precision: str = "auto") -> tuple[str, str]:

@@ -9,21 +9,11 @@ import numpy as np
 import pytest
 
 from latentedge.runtime import engines
-from latentedge.runtime.bundle import (
-    Axis,
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    TensorSpec,
-    Variant,
-)
+from latentedge.runtime.bundle import Axis, Bundle, Component, TensorSpec, Variant
 from latentedge.runtime.engines import EngineOptions, cuda, tensorrt
 from latentedge.runtime.engines.plans import KEY_NAME, PlanFile, PlanKey, this_platform
 from latentedge.runtime.errors import BundleError, EngineError, UsageError
+from tests import tiny_bundles
 from tests.runtime.fake_cuda import FakeCuda, fake_tensorrt
 
 GPU = EngineOptions()
@@ -106,16 +96,9 @@ def write_bundle(folder: Path) -> Bundle:
         {"batch": Axis(1, 1, 8)},
         {"fp16": Variant("vae_decoder/model.fp16.onnx", "cd" * 32, 1)},
     )
-    manifest = Manifest(
-        "ldm", "text-to-image", Source("test", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(32, 32),
-        {"unet": unet, "vae_decoder": decoder},
-    )  # fmt: skip
-    for component in manifest.components.values():
-        path = folder / component.variants["fp16"].path
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"0")
-    (folder / "latentedge.json").write_text(json.dumps(manifest.to_json()))
-    return Bundle.open(folder)
+    for component in (unet, decoder):
+        tiny_bundles.write_graph(folder, component.variants["fp16"].path, b"0")
+    return tiny_bundles.write_bundle(folder, unet, decoder)
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])

@@ -6,18 +6,9 @@ import pytest
 from latentedge.export.build_commands import parse_bytes, parse_size
 from latentedge.export.builders import BuildRequest, Range
 from latentedge.export.tensorrt.profiles import engine_axes
-from latentedge.runtime.bundle import (
-    Axis,
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    TensorSpec,
-)
+from latentedge.runtime.bundle import Axis, Bundle, Component, Defaults, TensorSpec
 from latentedge.runtime.errors import UsageError
+from tests.tiny_bundles import manifest_of
 
 AXES = {"batch": Axis(1, 2, 16), "latent_height": Axis(8, 64, 128, 8), "latent_width": Axis(8, 64, 128, 8)}
 UNET = Component("unet", (TensorSpec("sample", "float32", ("batch", 4, *list(AXES)[1:])),), (), AXES)
@@ -25,9 +16,7 @@ DECODER = dataclasses.replace(UNET, name="vae_decoder", axes={**AXES, "batch": A
 
 
 def request(task: str = "text-to-image", **settings: object) -> BuildRequest:
-    manifest = Manifest(
-        "ldm", task, Source("test", {}), {}, Latent(4, 8), Conditioning(), {}, Defaults(512, 512), {"unet": UNET}
-    )
+    manifest = manifest_of(UNET, task=task, defaults=Defaults(512, 512))
     return BuildRequest(Bundle(Path("x.bundle"), manifest), "tensorrt", **settings)
 
 

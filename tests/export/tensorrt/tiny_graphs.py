@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from latentedge.runtime.bundle import (
-    Axis,
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    TensorSpec,
-    Variant,
-    file_sha256,
-)
+from latentedge.runtime.bundle import Axis, Bundle, Component, Latent, TensorSpec
+from tests import tiny_bundles
 
 AXES = {"batch": Axis(1, 2, 8), "latent_height": Axis(2, 4, 16), "latent_width": Axis(2, 4, 16)}
 
@@ -51,18 +39,11 @@ def graph(operator: str = "Sigmoid", dtype: type = np.float32, layers: int = 2, 
 
 
 def write_bundle(folder: Path, **graphs: Any) -> Bundle:
-    variants = {}
-    for precision, model in graphs.items():
-        path = folder / "unet" / f"model.{precision}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(model.SerializeToString())
-        variants[precision] = Variant(path.relative_to(folder).as_posix(), file_sha256(path), path.stat().st_size)
+    variants = {
+        precision: tiny_bundles.write_graph(folder, f"unet/model.{precision}.onnx", model.SerializeToString())
+        for precision, model in graphs.items()
+    }
     channels = next(iter(graphs.values())).graph.initializer[0].dims[0]
     tensors = [TensorSpec(name, "float32", shape_of(channels)) for name in ("sample", "out_sample")]
     unet = Component("unet", (tensors[0],), (tensors[1],), AXES, variants)
-    manifest = Manifest(
-        "ldm", "text-to-image", Source("test", {}), {}, Latent(8, 8), Conditioning(), {}, Defaults(32, 32),
-        {"unet": unet},
-    )  # fmt: skip
-    (folder / "latentedge.json").write_text(json.dumps(manifest.to_json()))
-    return Bundle.open(folder)
+    return tiny_bundles.write_bundle(folder, unet, latent=Latent(8, 8))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ def open_on_gpu(bundle: Bundle, component: Component, precision: str, options: E
         raise UsageError(f"ONNX Runtime has no device {options.device!r}; a second GPU is {kind}:1.")
     provider, index = PROVIDERS[kind], int(number or "0")
     require(provider)
+    load_cuda()
     settings = {"device_id": str(index)}
     graph = "1" if options.cuda_graph else "0"
     # The provider would compute fp32 in TF32 otherwise.
@@ -66,6 +70,19 @@ def require(provider: str) -> None:
             f"ONNX Runtime {onnxruntime.__version__} is installed without {provider}; it has: {', '.join(available)}.",
             hint="pip uninstall onnxruntime, then pip install onnxruntime-gpu (for a Jetson see docs/jetson.md)",
         )
+
+
+@functools.cache
+def load_cuda() -> None:
+    """Load CUDA and cuDNN from NVIDIA's Python packages, where ONNX Runtime's providers do not look by themselves.
+
+    What is not there may be in the system; a provider that misses it is an error of the session. ONNX Runtime prints
+    what it misses, which goes to stderr.
+    """
+    preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if preload is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            preload()
 
 
 class DeviceEngine(Engine):

@@ -153,6 +153,19 @@ def test_a_provider_that_does_not_load_is_an_error_and_not_a_fallback(
         open_engine(bundle, "unet", "onnxruntime", "fp32", EngineOptions(device="cuda"))
 
 
+def test_cudas_libraries_are_loaded_once_and_nothing_is_printed_to_stdout(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxruntime_gpu, "require", lambda provider: None)
+    monkeypatch.setattr(DeviceEngine, "_open", lambda engine, sides: None)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"), raising=False)  # noqa: T201
+    onnxruntime_gpu.load_cuda.cache_clear()
+    for _ in range(2):
+        open_engine(bundle, "unet", "onnxruntime", "fp32", EngineOptions(device="cuda"))
+    assert capsys.readouterr() == ("", "Failed to load libcudnn.so.9\n")
+    onnxruntime_gpu.load_cuda.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("device", "options", "expected_settings"),
     [

@@ -56,6 +56,18 @@ def test_guidance_takes_one_batch_of_two_and_a_scale_of_one_takes_none() -> None
     assert batches == [1] * 5
 
 
+@pytest.mark.parametrize(("below_one", "guided"), [(True, [0.5, 2.0]), (False, [2.0])])
+def test_a_scale_below_one_guides_where_the_original_does(below_one: bool, guided: list[float]) -> None:
+    unet, batches = counting_unet()
+    manifest = bundles.text_manifest()
+    conditioning = dataclasses.replace(manifest.conditioning, guidance_below_one=below_one)
+    pipe = bundles.pipeline(dataclasses.replace(manifest, conditioning=conditioning), unet=unet)
+    for scale in (0.5, 1.0, 2.0):
+        batches.clear()
+        draw(pipe, seed=1, guidance_scale=scale)
+        assert batches == [2 if scale in guided else 1] * 5, scale
+
+
 def test_guidance_in_two_runs_equals_one_batch() -> None:
     unet, batches = counting_unet()
     manifest = bundles.text_manifest()
@@ -139,6 +151,22 @@ def test_a_mask_keeps_what_is_outside_of_it() -> None:
     kept = np.abs(result.latents - pipe.encode(picture))
     assert kept[..., :4].max() < 1e-5
     assert kept[..., 4:].max() > 0.1
+
+
+def test_a_grey_mask_paints_from_the_middle_on() -> None:
+    picture = np.random.default_rng(1).random((1, 32, 32, 3)).astype(np.float32)
+    mask = np.zeros((1, 32, 32), np.float32)
+    mask[:, :, 8:] = 0.49
+    mask[:, :, 16:] = 0.5
+    pipe = bundles.pipeline()
+    options = {
+        "image": picture,
+        "strength": 1.0,
+        "latents": LATENTS[:1],
+        "noise": np.zeros((2, 1, 4, 8, 8), np.float32),
+    }
+    found, expected = draw(pipe, mask=mask, **options), draw(pipe, mask=(mask >= 0.5).astype(np.float32), **options)
+    assert np.array_equal(found.latents, expected.latents)
 
 
 def test_conditioning_pictures_follow_the_latent_in_order() -> None:

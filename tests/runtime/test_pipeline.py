@@ -12,6 +12,7 @@ from PIL import Image
 from latentedge.runtime.bundle import ConcatInput, Conditioning
 from latentedge.runtime.engines import EngineOptions
 from latentedge.runtime.errors import UsageError
+from latentedge.runtime.noise import NoiseStream
 from latentedge.runtime.pipeline import Pipeline
 from tests.runtime import bundles
 
@@ -120,6 +121,16 @@ def test_a_batch_of_two_equals_two_batches_of_one() -> None:
     both = draw(pipe, seed=[3, 4], eta=1.0).latents
     single = [draw(pipe, seed=[seed], eta=1.0).latents[0] for seed in (3, 4)]
     assert np.abs(both - np.stack(single)).max() < 1e-6
+
+
+def test_a_batch_is_drawn_for_each_prompt() -> None:
+    pipe = bundles.pipeline()
+    assert draw(pipe, seed=1, batch_size=3).latents.shape == (3, 4, 8, 8)
+    found = draw(pipe, seed=1, batch_size=2, prompt_ids=np.concatenate([IDS, NEGATIVE])).latents
+    noise = NoiseStream("torch", 1).normal((4, 4, 8, 8))
+    first, second = (draw(pipe, latents=noise[rows], prompt_ids=ids).latents for rows, ids in
+                     ((slice(0, 2), IDS), (slice(2, 4), NEGATIVE)))  # fmt: skip
+    assert np.abs(found - np.concatenate([first, second])).max() < 1e-6
 
 
 def test_strength_zero_returns_the_picture() -> None:

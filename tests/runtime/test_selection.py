@@ -70,18 +70,31 @@ def test_the_fastest_record_above_the_floor_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    "records",
+    ("changed", "qualities"),
     [
-        [latency("openvino", "int8", 4.0, 3.5)],  # no quality record
-        [latency("openvino", "int8", 4.0, 3.5), quality("int8", 29.9)],  # below the floor
-        [latency("openvino", "int8", 4.0, 3.5), quality("int8", 35), quality("int8", 20)],  # one of two below
-        [latency("openvino", "int8", 1.1, 0.97), quality("int8", 35)],  # within noise of the reference
-        [latency("openvino", "int8", 4.0, 3.5, machine="another"), quality("int8", 35)],
-        [latency("openvino", "int8", 4.0, 3.5, library="click 0.1"), quality("int8", 35)],
+        ({}, []),  # no quality record
+        ({}, [29.9]),  # below the floor
+        ({}, [35, 20]),  # one of two below
+        ({"ratio": 1.1, "ratio_low": 0.97}, [35]),  # within noise of the reference
+        ({"machine": "another"}, [35]),
+        ({"library": "click 0.1"}, [35]),
     ],
 )
-def test_a_precision_that_is_not_proven_here_is_not_chosen(records: list[dict[str, Any]]) -> None:
-    assert chosen(bundle(fp32=[], int8=records)) == ("onnxruntime", "fp32")
+def test_a_precision_that_is_not_proven_here_is_not_chosen(changed: dict[str, Any], qualities: list[float]) -> None:
+    def records(**changed: Any) -> list[dict[str, Any]]:
+        record = {**latency("openvino", "int8", 4.0, 3.5), **changed}
+        return [record, *(quality("int8", worst) for worst in qualities)]
+
+    assert chosen(bundle(fp32=[], int8=records(**changed))) == ("onnxruntime", "fp32")
+    if changed:  # the same without the change is chosen, so it is the change that counts
+        assert chosen(bundle(fp32=[], int8=records())) == ("openvino", "int8")
+
+
+def test_the_mean_has_a_floor_of_its_own() -> None:
+    low_mean = {**quality("int8", 25, floor=24), "psnr_db": 29.0, "floor_mean_db": 30.0}
+    for mean, expected in ((29.9, ("onnxruntime", "fp32")), (30.0, ("openvino", "int8"))):
+        records = [latency("openvino", "int8", 4.0, 3.5), {**low_mean, "psnr_db": mean}]
+        assert chosen(bundle(fp32=[], int8=records)) == expected
 
 
 def test_records_of_different_references_are_not_mixed() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from latentedge.runtime import guidance
 from latentedge.runtime.bundle import Array
 from latentedge.runtime.engines.base import Engine
+from latentedge.runtime.samplers.plans import Plan
 from latentedge.runtime.tiles import tiled
 
 #: Turns the branches' outputs, in the order of the branches, into one model output.
@@ -52,6 +53,7 @@ class Denoiser:
         self._tile = tile
         self._written: tuple[int, ...] | None = None
         self._stacked: dict[tuple[int, ...], dict[str, Array]] = {}
+        self._concat_scale = np.float32(1)
         self.evaluations = 0
 
     def __call__(self, sample: Array, timestep: float) -> Array:
@@ -69,6 +71,16 @@ class Denoiser:
             if guidance.within(float(sigmas[next(indices)]), interval):
                 return self(sample, timestep)
             return self.evaluate(sample, timestep, (self._conditional,), guidance.only)
+
+        return model
+
+    def scaling_concat(self, plan: Plan, begin: int) -> Callable[[Array, float], Array]:
+        """The same model, what is appended scaled like the sample; ``begin`` is the run's first index in ``plan``."""
+        indices, one = itertools.count(begin), np.ones(1, np.float32)
+
+        def model(sample: Array, timestep: float) -> Array:
+            self._concat_scale = np.float32(plan.scaled_input(one, next(indices)).item())
+            return self(sample, timestep)
 
         return model
 
@@ -118,6 +130,7 @@ class Denoiser:
             }
         return self._stacked[chosen]
 
-    @staticmethod
-    def _with_concat(sample: Array, branch: Branch) -> Array:
-        return sample if branch.concat is None else np.concatenate([sample, branch.concat], axis=1)
+    def _with_concat(self, sample: Array, branch: Branch) -> Array:
+        if branch.concat is None:
+            return sample
+        return np.concatenate([sample, branch.concat * self._concat_scale], axis=1)

@@ -197,8 +197,10 @@ class Pipeline:
         image_scale = request.image_guidance_scale
         image_scale = defaults.image_guidance_scale if image_scale is None else image_scale
         # A model that takes a picture beside its latent starts from noise; any other starts from the picture.
-        full = 1.0 if pictures is None or manifest.conditioning.concat else defaults.strength
+        full = 1.0 if pictures is None or mask is not None or manifest.conditioning.concat else defaults.strength
         strength = full if request.strength is None else request.strength
+        if manifest.conditioning.guidance_embedding is not None and 0 < strength < 1:
+            schedule.setdefault("strength", strength)  # a distilled model's own schedule is cut instead of its steps
         return Run(
             request=request,
             count=count,
@@ -275,10 +277,12 @@ class Pipeline:
         denoiser = self._denoiser(run, conditioner, conditional, unconditional, concat)
         interval: tuple[float, float] | None = run.request.guidance_interval
         model: samplers.Model = denoiser
+        plan = samplers.prepare(run.schedule, run.sampler, run.steps)
+        first = begin if run.request.start is None else run.request.start.index + 1
         if interval is not None and unconditional is not None:
-            plan = samplers.prepare(run.schedule, run.sampler, run.steps)
-            first = begin if run.request.start is None else run.request.start.index + 1
             model = denoiser.within(plan.input_sigmas, first, interval)
+        elif self.bundle.task == "super-resolution" and run.schedule["dialect"] != "compvis":
+            model = denoiser.scaling_concat(plan, first)
         model = corrected(model, self.bundle, self.precision)
         loop = samplers.sample(
             model,
@@ -338,7 +342,9 @@ class Pipeline:
         noise = self._initial_noise(request, shape, run.draws)
         begin = plan.begin(run.strength)
         known = (encoded, noise) if run.mask is not None and not takes_picture else None
-        if known is not None and run.strength == 1:  # nothing of the picture is under the mask: pure noise
+        if known is not None and run.schedule["dialect"] != "compvis" and manifest.latent.encoding == "kl":
+            run.draws.normal(shape)  # the original draws for the masked picture too, which only nine channels take
+        if known is not None and (run.strength == 1 or request.latents is not None):
             return np.asarray(noise * np.float32(plan.init_noise_sigma), np.float32), begin, known
         return plan.noised_start(encoded, noise, begin), begin, known
 

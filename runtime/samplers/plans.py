@@ -69,6 +69,8 @@ class Plan:
         if not 0 <= strength <= 1:
             raise UsageError(f"strength must be between 0 and 1, found {strength}")
         kept, count = min(int(self.steps * strength), self.steps), len(self.timesteps)
+        if "origin_cut" in self.tables and strength > 0:  # the plan itself is cut to the strength
+            return 0
         if kept == 0:
             return count
         if not self._compvis:
@@ -153,7 +155,8 @@ def consistency(config: Config, steps: int) -> Plan:
         raise UsageError(f"{steps} steps asked for, the distillation schedule has {len(origin)}", "use fewer steps")
     picks = np.floor(np.linspace(0, len(origin), num=steps, endpoint=False)).astype(np.int64)
     timesteps = origin[::-1][picks] if given is None else given.astype(np.int64)
-    return on_table(config, steps, timesteps, alphas_cumprod(config))
+    cut = {} if config.get("strength") is None else {"origin_cut": True}
+    return on_table(config, steps, timesteps, alphas_cumprod(config), **cut)
 
 
 def _sigma_steps(config: Config, steps: int, timestep_type: Any) -> tuple[Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""What is made ahead for backends that compile when they load: the denoiser's parts, and OpenVINO's compiled models."""
+"""What is made ahead for backends that compile when they load: the denoiser in parts, each library's own form of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def prepare(request: BuildRequest) -> Bundle:
     """Split the bundle's denoiser into its loop-invariant parts; gives the bundle as it is then.
 
     With ``--plan step-caching`` also the full and shallow graphs. OpenVINO's compiled models, for the lengths that the
-    axes are best at, are kept in the bundle's ``engines``, where the runtime finds them.
+    axes are best at, and ONNX Runtime's optimised graphs are kept in the bundle's ``engines``, where the runtime finds
+    them.
     """
     path = request.bundle.path
     components = request.bundle.manifest.components
@@ -28,6 +29,10 @@ def prepare(request: BuildRequest) -> Bundle:
     bundle = Bundle.open(path)
     if request.backend == "openvino":
         _compile(bundle, request)
+    elif request.backend == "onnxruntime":
+        from latentedge.export.onnxruntime_graphs import optimise_bundle
+
+        optimise_bundle(bundle, request)
     return bundle
 
 

@@ -8,7 +8,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,30 @@ def stored_plan(folder: Path, key: PlanKey) -> Plan | None:
 
 def store_plan(folder: Path, key: PlanKey, contents: Sequence[Any]) -> Plan:
     """Write the plans of a chain and their key; the folder appears whole or not at all."""
+
+    def write(aside: Path) -> list[Path]:
+        paths = [aside / f"{index}.plan" for index in range(len(contents))]
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+        return paths
+
+    return store_files(folder, key, write)
+
+
+def store_files(
+    folder: Path, key: PlanKey, write: Callable[[Path], Sequence[Path]], measured: Mapping[str, Any] | None = None
+) -> Plan:
+    """Keep the files that ``write`` puts into a folder under ``key``, with what was ``measured`` of them."""
     final = folder / key.folder_name()
     aside = folder / f".{key.folder_name()}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    files = []
-    for index, content in enumerate(contents):
-        path = aside / f"{index}.plan"
-        path.write_bytes(content)
-        files.append(PlanFile(path.name, path.stat().st_size, file_sha256(path)))
+    files = [PlanFile(path.name, path.stat().st_size, file_sha256(path)) for path in write(aside)]
     record = {
         "key": dataclasses.asdict(key),
         "files": [dataclasses.asdict(file) for file in files],
         "built": time.time(),
+        **({} if measured is None else {"measured": dict(measured)}),
     }
     (aside / KEY_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from latentedge.runtime.errors import Interrupted, UsageError
 from latentedge.runtime.picture_files import contact_sheet, request_of, save_picture
+from latentedge.runtime.sections import SectionedCommand
 
 #: Options of ``generate`` that name a request's argument, and are written into the PNG file.
 REPLAYED = (
@@ -35,6 +36,15 @@ REPLAYED = (
     "embeddings",
     "tile",
 )
+
+#: The command's options by heading of its help.
+SECTIONS = {
+    "What to draw": ("prompts", "negative_prompt", "image", "mask", "class_label", "layout", "semantic_map",
+                     "embeddings", "replay"),
+    "How": ("seed", "steps", "sampler", "guidance_scale", "strength", "size", "tile", "eta", "rng"),
+    "Where it goes": ("output", "sheet", "preview", "as_json"),
+    "What computes it": ("backend", "precision", "low_memory", "cache_interval"),
+}  # fmt: skip
 
 
 def seeds_from(text: str) -> list[int]:
@@ -60,7 +70,17 @@ def size_from(text: str) -> tuple[int, int]:
         raise UsageError(f"--size takes 512 or 768x512 (width x height), found {text!r}.") from error
 
 
-@click.command()
+def preview_from(text: str) -> tuple[Path, int]:
+    """``"grow.png"`` or ``"grow.png:2"`` as a file and the steps between two previews, 5 by default."""
+    file, colon, every = text.rpartition(":")
+    if not colon:
+        return Path(text), 5
+    if not every.isdigit() or int(every) < 1:
+        raise UsageError(f"--preview takes FILE or FILE:STEPS such as grow.png:2, found {text!r}.")
+    return Path(file), int(every)
+
+
+@click.command(cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="PNG file; several pictures get numbers.")
@@ -79,10 +99,15 @@ def size_from(text: str) -> tuple[int, int]:
 @click.option("--semantic-map", type=click.Path(), help="PNG file whose pixel values are labels.")
 @click.option("--embeddings", type=click.Path(), help="NPY file with CLIP embeddings.")
 @click.option("--eta", type=float, help="DDIM's noise, 0 to 1.")
-@click.option("--rng", type=click.Choice(["torch", "cuda", "numpy"]), default="torch", help="Whose noise a seed gives.")
+@click.option(
+    "--rng",
+    type=click.Choice(["torch", "cuda", "numpy"]),
+    default="torch",
+    show_default=True,
+    help="Whose noise a seed gives.",
+)
 @click.option("--tile", type=int, help="Side of tiles in latent pixels; 0: none.")
-@click.option("--preview", type=click.Path(path_type=Path), help="PNG file that shows the picture as it grows.")
-@click.option("--preview-every", type=int, default=5, show_default=True, help="Steps between two previews.")
+@click.option("--preview", metavar="FILE[:STEPS]", help="PNG file that shows the picture as it grows, every 5 steps.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Also write all pictures as one contact sheet.")
 @click.option("--from", "replay", type=click.Path(path_type=Path), help="Draw a picture file again.")
 @click.option(
@@ -101,8 +126,7 @@ def generate(
     prompts: Path | None,
     seed: str | None,
     size: str | None,
-    preview: Path | None,
-    preview_every: int,
+    preview: str | None,
     sheet: Path | None,
     replay: Path | None,
     backend: str,
@@ -136,7 +160,7 @@ def generate(
     with Pipeline.open(bundle, backend, precision, options=engine_options) as pipeline:
         if recorded and recorded.get("bundle") != pipeline.digest():
             click.echo(f"warning: {replay} was drawn from another bundle than {bundle}", err=True)
-        shower = Shower(pipeline, preview, preview_every) if preview is not None else None
+        shower = None if preview is None else Shower(pipeline, *preview_from(preview))
         drawn = list(_draw(pipeline, requests, output, shower))
     if sheet is not None:
         captions = [str(entry["request"].get("prompt", entry["request"]["seed"])) for entry in drawn]
@@ -222,8 +246,6 @@ class Shower:
     """Writes a preview of the denoised picture every few steps, by the bundle's linear latent-to-RGB map or the decoder."""
 
     def __init__(self, pipeline: Any, path: Path, every: int) -> None:
-        if every < 1:
-            raise UsageError(f"--preview-every must be at least 1, found {every}.")
         self.path, self.shown = path, False
         self._pipeline, self._every = pipeline, every
 

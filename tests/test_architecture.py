@@ -26,7 +26,15 @@ ARROWS = {
 }
 NOT_ON_A_DEVICE = {"torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers", "scipy", "matplotlib"}
 CORE_LINES = 3100
-COMMAND_MODULES = ("cli.py", "doctor.py", "generate_command.py", "inspect.py", "picture_files.py", "verify.py")
+COMMAND_MODULES = (
+    "cli.py",
+    "doctor.py",
+    "generate_command.py",
+    "inspect.py",
+    "picture_files.py",
+    "sections.py",
+    "verify.py",
+)
 
 
 def modules(package: str) -> list[Path]:

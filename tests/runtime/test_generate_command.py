@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
 
 from latentedge.runtime.cli import run
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.generate_command import seeds_from, size_from
+from latentedge.runtime.generate_command import SECTIONS, generate, preview_from, seeds_from, size_from
 from latentedge.runtime.picture_files import request_of
 from latentedge.runtime.pipeline import Pipeline
 from tests.runtime import bundles
@@ -65,7 +66,7 @@ def test_previews_and_ctrl_c(command: Any, monkeypatch: pytest.MonkeyPatch, caps
         return FUNCTIONS_UNET(inputs)
 
     monkeypatch.setattr(bundles, "unet", interrupted_unet)
-    code = command("-o", "a.png", "--seed", "1", "--preview", "preview.png", "--preview-every", "2")
+    code = command("-o", "a.png", "--seed", "1", "--preview", "preview.png:2")
     assert code == 130
     assert "The last preview is preview.png" in capsys.readouterr().err
     assert Image.open("preview.png").size == (32, 32)
@@ -83,3 +84,18 @@ def test_seeds_and_sizes() -> None:
     for wrong in ("a", "", "1-", "5-3"):
         with pytest.raises(UsageError, match="--seed"):
             seeds_from(wrong)
+
+
+def test_a_preview_may_name_its_steps() -> None:
+    assert preview_from("grow.png") == (Path("grow.png"), 5)
+    assert preview_from("a:b/grow.png:12") == (Path("a:b/grow.png"), 12)
+    for wrong in ("grow.png:0", "grow.png:", "grow.png:two"):
+        with pytest.raises(UsageError, match="--preview takes FILE"):
+            preview_from(wrong)
+
+
+def test_every_option_stands_under_one_heading_of_at_most_ten() -> None:
+    listed = [name for names in SECTIONS.values() for name in names]
+    options = {parameter.name for parameter in generate.params if isinstance(parameter, click.Option)}
+    assert sorted(listed) == sorted(options)
+    assert max(map(len, SECTIONS.values())) <= 10

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from latentedge.export.errors import ExportError
-from latentedge.export.model import TokenizerSource
+from latentedge.export.model import SourceModel, TokenizerSource
 from latentedge.export.parity import Case
 from latentedge.runtime.bundle import MANIFEST_NAME, Component, Manifest, TokenizerFile, file_sha256
 from latentedge.runtime.errors import UsageError
 
 #: Recorded parity vectors of one component take at most about this many bytes, but always hold one case.
 VECTOR_BYTES = 200_000
+#: transformers' classes that read a ``tokenizer.json``, by its model.
+TOKENIZER_CLASSES = {"BPE": "CLIPTokenizerFast", "WordPiece": "BertTokenizerFast"}
 
 
 @contextlib.contextmanager
@@ -98,8 +100,26 @@ def write_tokenizer(folder: Path, name: str, source: TokenizerSource) -> Tokeniz
                 f"the written {name} gives other ids than the original for {prompt!r}: {list(found)}, "
                 f"expected {list(ids)}."
             )
+    write_json(path.with_name("tokenizer_config.json"), _tokenizer_config(source))
     relative = path.relative_to(folder).as_posix()
     return TokenizerFile(relative, file_sha256(path), source.length, dict(source.golden))
+
+
+def _tokenizer_config(source: TokenizerSource) -> dict[str, Any]:
+    """What transformers reads beside a ``tokenizer.json``."""
+    data = json.loads(source.json)
+    name = TOKENIZER_CLASSES.get(data["model"]["type"], "PreTrainedTokenizerFast")
+    padding = data.get("padding") or {}
+    return {"tokenizer_class": name, "model_max_length": source.length, "pad_token": padding.get("pad_token")}
+
+
+def write_model_index(folder: Path, model: SourceModel) -> None:
+    """Write ``model_index.json``, with classes that read the tokenizers as they are written here."""
+    index = dict(model.model_index)
+    for name in (name for name in index if name.startswith("tokenizer")):
+        source = model.tokenizers.get(name)
+        index[name] = [None, None] if source is None else ["transformers", _tokenizer_config(source)["tokenizer_class"]]
+    write_json(folder / "model_index.json", index)
 
 
 def write_vectors(folder: Path, component: Component, cases: list[Case]) -> dict[str, Any]:

@@ -111,6 +111,8 @@ class _ComponentExport:
             for precision, variant in variants.items()
         }
         self._report(variants)
+        if self.source.config:
+            bundle_writer.write_json(self.folder / self.name / "config.json", self.source.config)
         return dataclasses.replace(self.source.spec, variants=variants, parity=self.parity)
 
     def with_preview(self, latent: Latent) -> Latent:
@@ -209,7 +211,7 @@ def _write_bundle(
     tokenizers = {
         name: bundle_writer.write_tokenizer(folder, name, source) for name, source in model.tokenizers.items()
     }
-    bundle_writer.write_json(folder / "model_index.json", model.model_index)
+    bundle_writer.write_model_index(folder, model)
     if model.schedule:
         bundle_writer.write_json(folder / "scheduler" / "scheduler_config.json", model.schedule)
     manifest = Manifest(

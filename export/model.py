@@ -38,6 +38,8 @@ class ComponentSource:
     onnx_files: dict[str, Path] = field(default_factory=dict)
     #: Changes a graph of ``onnx_files`` in place, so that it takes and gives what ``spec`` declares.
     adapt: Callable[[ir.Model], None] | None = None
+    #: diffusers' or transformers' description of the network, written beside its graph for other tools.
+    config: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

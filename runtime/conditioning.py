@@ -17,6 +17,8 @@ from latentedge.runtime.layout import read_layout, tokens_from_layout
 from latentedge.runtime.request import Request
 from latentedge.runtime.tokenizer import PromptTokenizer
 
+#: Aesthetic scores that diffusers gives SDXL's refiner, with the prompt and without.
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 #: Gives the loaded engine of a component.
 EngineOf = Callable[[str], Engine]
 
@@ -68,15 +70,19 @@ class Conditioner:
         )
 
     def with_sizes(
-        self, inputs: dict[str, Array], height: int, width: int, given: Array | None = None
+        self, inputs: dict[str, Array], height: int, width: int, given: Array | None, score: float
     ) -> dict[str, Array]:
-        """``inputs`` with the time ids that SDXL takes: original size, crop corner and target size, in pixels."""
+        """``inputs`` with the time ids that SDXL takes: original size, crop corner, then target size or, five in all, a score.
+
+        Sizes are in pixels; ``score`` is the refiner's aesthetic score.
+        """
         length = self._conditioning.time_ids
         if length is None:
             return inputs
-        if given is None and length != 6:
+        if given is None and length not in (5, 6):
             raise UsageError(f"this model takes {length} time ids, which cannot be made here.", hint="pass time_ids")
-        ids = np.array([[height, width, 0, 0, height, width]], np.float32) if given is None else np.atleast_2d(given)
+        last = [height, width] if length == 6 else [score]
+        ids = np.array([[height, width, 0, 0, *last]], np.float32) if given is None else np.atleast_2d(given)
         return {**inputs, "time_ids": repeated(ids.astype(np.float32), self._count, "time_ids")}
 
     def branch(self, inputs: dict[str, Array], concat: Array | None) -> Branch:
@@ -106,7 +112,7 @@ class Conditioner:
 
     def _token_ids(self, encoders: Sequence[TextEncoder], prompt: str | Sequence[str] | None, ids: Any) -> list[Array]:
         if ids is not None:
-            several = isinstance(ids, (list, tuple)) and len(ids) > 0 and np.ndim(ids[0]) == 2
+            several = isinstance(ids, (list, tuple, np.ndarray)) and len(ids) > 0 and np.ndim(ids[0]) == 2
             arrays = [np.asarray(item) for item in (ids if several else [ids])]
             if len(arrays) != len(encoders):
                 raise UsageError(

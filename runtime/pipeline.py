@@ -14,7 +14,13 @@ from PIL import Image
 
 from latentedge.runtime import autoencoder, guidance, images, samplers, selection
 from latentedge.runtime.bundle import Array, Bundle, Manifest
-from latentedge.runtime.conditioning import Conditioner, concat_input, repeated
+from latentedge.runtime.conditioning import (
+    AESTHETIC_SCORE,
+    NEGATIVE_AESTHETIC_SCORE,
+    Conditioner,
+    concat_input,
+    repeated,
+)
 from latentedge.runtime.correction import corrected
 from latentedge.runtime.denoiser import Branch, Combine, Denoiser
 from latentedge.runtime.engines import BACKENDS, Engine, EngineOptions, open_engine
@@ -196,8 +202,10 @@ class Pipeline:
         scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
         image_scale = request.image_guidance_scale
         image_scale = defaults.image_guidance_scale if image_scale is None else image_scale
-        # A model that takes a picture beside its latent starts from noise; any other starts from the picture.
-        full = 1.0 if pictures is None or mask is not None or manifest.conditioning.concat else defaults.strength
+        # With a mask, or with a picture beside its latent, a model starts from noise unless it was made for inpainting.
+        plain = mask is None and not manifest.conditioning.concat
+        partly = pictures is not None and (plain or manifest.task == "inpainting")
+        full = defaults.strength if partly else 1.0
         strength = full if request.strength is None else request.strength
         if manifest.conditioning.guidance_embedding is not None and 0 < strength < 1:
             schedule.setdefault("strength", strength)  # a distilled model's own schedule is cut instead of its steps
@@ -263,12 +271,17 @@ class Pipeline:
         height, width = self._latent_size(run)
         conditioner = Conditioner(self._bundle, self.engine, run.request, run.count)
         pixels = self._pixels(height, width)
-        conditional = conditioner.with_sizes(conditioner.conditional(), *pixels, run.request.time_ids)
+        given = run.request.time_ids
+        conditional = conditioner.with_sizes(conditioner.conditional(), *pixels, given, AESTHETIC_SCORE)
         unconditional = None
         if self._is_guided(run):
             negative = run.request.negative_time_ids
-            sizes = run.request.time_ids if negative is None else negative
-            unconditional = conditioner.with_sizes(conditioner.unconditional(conditional), *pixels, sizes)
+            unconditional = conditioner.with_sizes(
+                conditioner.unconditional(conditional),
+                *pixels,
+                given if negative is None else negative,
+                NEGATIVE_AESTHETIC_SCORE,
+            )
         run.timings["condition"] = time.perf_counter() - clock
         clock = time.perf_counter()
         latents, begin, known = self._start(run, height, width)

@@ -227,6 +227,7 @@ def _defaults(task: Task, situation: Situation) -> Defaults:
         steps=steps,
         guidance_scale=guidance if task.guided else 1.0,
         eta=eta,
+        strength=1.0 if task.name == "inpainting" else Defaults.strength,
     )
 
 

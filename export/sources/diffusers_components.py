@@ -58,9 +58,11 @@ def compared_axes(axes: Mapping[str, Axis]) -> tuple[dict[str, int], tuple[dict[
     return traced, others
 
 
-def _source(spec: Component, build: Any, sample_inputs: Any) -> ComponentSource:
+def _source(part: Part, spec: Component, build: Any, sample_inputs: Any) -> ComponentSource:
     traced, others = compared_axes(spec.axes)
-    return ComponentSource(spec, build, sample_inputs, traced, others)
+    # Where the original lay is nobody's business.
+    config = {name: value for name, value in part.config.items() if name != "_name_or_path"}
+    return ComponentSource(spec, build, sample_inputs, traced, others, config=config)
 
 
 def unet_component(
@@ -86,7 +88,7 @@ def unet_component(
     def sample_inputs(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
         return {entry.name: _unet_input(entry, lengths, random) for entry in inputs}
 
-    return _source(spec, builder(part, wrap, loras), sample_inputs)
+    return _source(part, spec, builder(part, wrap, loras), sample_inputs)
 
 
 def _unet_input(spec: TensorSpec, lengths: Mapping[str, int], random: np.random.Generator) -> Array:
@@ -128,22 +130,22 @@ def text_component(part: Part, outputs: Sequence[str], loras: Sequence[Lora]) ->
             row[text:] = end
         return {"input_ids": ids.astype(np.int64)}
 
-    return _source(spec, builder(part, wrap, loras), sample_inputs)
+    return _source(part, spec, builder(part, wrap, loras), sample_inputs)
 
 
 def first_stage_components(
-    part: Part, size: tuple[int, int], scale_factor: float, *, normalised: bool = False
+    part: Part, size: tuple[int, int], scale_factor: float, *, normalised: tuple[bool, bool] = (False, False)
 ) -> list[ComponentSource]:
     """Encoder and decoder of a first stage, as ``vae_encoder`` and ``vae_decoder``.
 
-    ``normalised``: the latents' mean and deviation by channel, where the model states them, are part of both.
+    ``normalised``: whether encoder and decoder hold the latents' mean and deviation by channel that a model may state.
     """
     factor = 2 ** halvings(part.config)
     channels = int(part.config.get("vq_embed_dim") or part.config["latent_channels"])
     picture = tuple(f"{factor}*{axis}" if factor > 1 else axis for axis in ("latent_height", "latent_width"))
     axes = latent_axes(size, 2, PICTURE_BATCH)
-    statistics = [part.config.get("latents_mean"), part.config.get("latents_std")] if normalised else [None, None]
-    codings = _codings(part.kind, statistics)
+    stated = (part.config.get("latents_mean"), part.config.get("latents_std"))
+    codings = _codings(part.kind, *(stated if used else (None, None) for used in normalised))
     latent = TensorSpec("latent_sample", "float32", ("batch", channels, "latent_height", "latent_width"))
     sample = TensorSpec("sample", "float32", ("batch", int(part.config["in_channels"]), *picture))
     decoded = TensorSpec("sample", "float32", ("batch", int(part.config["out_channels"]), *picture))
@@ -160,26 +162,26 @@ def first_stage_components(
     encoder = Component("vae_encoder", (sample,), (encoded,), axes)
     decoder = Component("vae_decoder", (latent,), (decoded,), axes)
     return [
-        _source(encoder, builder(part, codings[0]), pictures),
-        _source(decoder, builder(part, codings[1]), latents),
+        _source(part, encoder, builder(part, codings[0]), pictures),
+        _source(part, decoder, builder(part, codings[1]), latents),
     ]
 
 
-def _codings(kind: str, statistics: Sequence[Any]) -> tuple[Any, Any]:
+def _codings(kind: str, encoding: Sequence[Any], decoding: Sequence[Any]) -> tuple[Any, Any]:
     """What wraps the loaded model as encoder and as decoder. The networks' module needs torch, so it waits."""
 
     def encoder(model: Any) -> Any:
         from latentedge.export.sources import diffusers_autoencoders as networks
 
         if kind == "AutoencoderKL":
-            return networks.MomentsEncoder(model, *statistics)
+            return networks.MomentsEncoder(model, *encoding)
         return networks.CodebookEncoder(model) if kind == "VQModel" else networks.PlainCoder(model.encoder)
 
     def decoder(model: Any) -> Any:
         from latentedge.export.sources import diffusers_autoencoders as networks
 
         if kind == "AutoencoderKL":
-            return networks.LatentDecoder(model, *statistics)
+            return networks.LatentDecoder(model, *decoding)
         return networks.CodebookDecoder(model) if kind == "VQModel" else networks.PlainCoder(model.decoder)
 
     return encoder, decoder

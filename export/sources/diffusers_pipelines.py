@@ -44,7 +44,8 @@ from latentedge.runtime.bundle import (
 from latentedge.runtime.errors import LatentEdgeError
 
 ENCODINGS = {"AutoencoderKL": "kl", "VQModel": "vq", "AutoencoderTiny": "plain"}
-SDXL_TIME_IDS = 6
+#: Original size, crop corner, and the target size or, in the refiner, an aesthetic score.
+SDXL_TIME_IDS = (6, 5)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def describe(
     scale_factor = float(parts.first_stage.config.get("scaling_factor") or 1.0) if kind.scaled else 1.0
     tokenizers = _tokenizers(parts, options, messages)
     conditioning = _conditioning(kind, parts, index, tokenizers)
-    if conditioning.time_ids not in (None, SDXL_TIME_IDS):
-        messages.append(f"the UNet takes {conditioning.time_ids} time ids, as SDXL's refiner: pass them as time_ids")
+    if conditioning.time_ids not in (None, *SDXL_TIME_IDS):
+        messages.append(f"the UNet takes {conditioning.time_ids} time ids: pass them as time_ids")
     factor = 2 ** halvings(parts.first_stage.config)
     return SourceModel(
         family=kind.family,
@@ -207,9 +208,10 @@ def _components(
     if conditioning.guidance_embedding is not None:
         conditions["timestep_cond"] = (conditioning.guidance_embedding,)
     components.append(unet_component(parts.unet, conditions, size, loras))
-    # Only SDXL's pipelines use the statistics that a first stage may state.
+    # Only SDXL's pipelines use the statistics that a first stage may state; its inpainting does so in decoding alone.
+    normalised = kind.family == SDXL.family
     return components + first_stage_components(
-        parts.first_stage, size, scale_factor, normalised=kind.family == SDXL.family
+        parts.first_stage, size, scale_factor, normalised=(normalised and kind.task != "inpainting", normalised)
     )
 
 

@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -216,15 +217,21 @@ def stable_diffusion_2() -> Any:
     return _sd(StableDiffusionPipeline, model, scheduler, tokenizer=clip_tokenizer("!"), text_encoder=text)
 
 
+def _xl_unet(**changes: Any) -> Any:
+    config = {
+        "cross_attention_dim": WIDTH + 16,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        "transformer_layers_per_block": 2,
+        "use_linear_projection": True,
+        **changes,
+    }
+    return unet(**config)
+
+
 def stable_diffusion_xl(force_zeros: bool = True) -> Any:
-    model = unet(
-        cross_attention_dim=WIDTH + 16,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
-        transformer_layers_per_block=2,
-        use_linear_projection=True,
-    )
+    model = _xl_unet()
     return StableDiffusionXLPipeline(
         vae=autoencoder(scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.1, 0.9]),
         text_encoder=clip_text(),
@@ -279,6 +286,31 @@ def xl_from_picture() -> Any:
     )
 
 
+def xl_inpainting() -> Any:
+    """SDXL with mask and masked picture beside the latent."""
+    parts = dict(stable_diffusion_xl().components)
+    return StableDiffusionXLInpaintPipeline(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor", "unet")},
+        unet=_xl_unet(in_channels=9),
+        add_watermarker=False,
+    )
+
+
+def xl_refiner() -> Any:
+    """The second text encoder alone, and an aesthetic score in the place of the target size."""
+    parts = dict(stable_diffusion_xl().components)
+    kept = ("vae", "text_encoder_2", "tokenizer_2", "scheduler")
+    return StableDiffusionXLImg2ImgPipeline(
+        **{name: parts[name] for name in kept},
+        text_encoder=None,
+        tokenizer=None,
+        unet=_xl_unet(cross_attention_dim=16, projection_class_embeddings_input_dim=24 + 5 * 8),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
 def ldm_text() -> Any:
     config = LDMBertConfig(
         vocab_size=len(bert_vocabulary()),
@@ -324,6 +356,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "inpaint4": inpainting_by_latents,
     "img2img": from_picture,
     "sdxl-img2img": xl_from_picture,
+    "sdxl-inpaint9": xl_inpainting,
+    "sdxl-refiner": xl_refiner,
     "ip2p": pix2pix,
     "taesd": with_tiny_autoencoder,
     "ldm-text2im": ldm_text,

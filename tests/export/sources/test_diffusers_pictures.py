@@ -125,6 +125,35 @@ CASES = {
     "sdxl img2img": Case(
         "sdxl-img2img", {**TEXT, "num_inference_steps": 6, "image": picture(), "strength": 0.5}, latents=None, draws=2
     ),
+    "sdxl inpaint9, default strength": Case(
+        "sdxl-inpaint9",
+        {**TEXT, "num_inference_steps": 5, "image": picture(), "mask_image": mask(), "height": 16, "width": 16},
+        latents=None,
+        draws=3,
+    ),
+    "sdxl inpaint9, full strength": Case(
+        "sdxl-inpaint9",
+        {**TEXT, "num_inference_steps": 3, "strength": 1.0, "image": picture(), "mask_image": mask(), "height": 16,
+         "width": 16},
+        draws=1,
+    ),
+    "sdxl refiner": Case(
+        "sdxl-refiner", {**TEXT, "num_inference_steps": 10, "image": picture()}, latents=None, draws=2
+    ),
+    "sdxl refiner, no negative prompt": Case(
+        "sdxl-refiner",
+        {"prompt": PROMPT, "guidance_scale": 4.0, "num_inference_steps": 6, "image": picture(), "strength": 0.5},
+        latents=None,
+        draws=2,
+    ),
+    "sdxl refiner, scores": Case(
+        "sdxl-refiner",
+        {**TEXT, "num_inference_steps": 4, "image": picture(), "strength": 0.5, "aesthetic_score": 4.0,
+         "negative_aesthetic_score": 1.0},
+        {"time_ids": np.float32([[16, 16, 0, 0, 4]]), "negative_time_ids": np.float32([[16, 16, 0, 0, 1]])},
+        latents=None,
+        draws=2,
+    ),
     "ip2p": Case(
         "ip2p", {**TEXT, "num_inference_steps": 4, "image": picture(), "image_guidance_scale": 1.7}, draws=4
     ),
@@ -156,7 +185,15 @@ CASES = {
 }  # fmt: skip
 RENAMED = {"num_inference_steps": "steps", "mask_image": "mask"}
 #: SDXL's sizes, which are ``time_ids`` here.
-SIZES = ("original_size", "crops_coords_top_left", "target_size", "negative_original_size", "negative_target_size")
+SIZES = (
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "negative_original_size",
+    "negative_target_size",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+)
 #: Where the LDM pipelines keep their first stage.
 LDM_FIRST_STAGE = "vqvae"
 

@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "KDPM2AncestralDiscreteScheduler": _LATENT_BETAS,
     "DPMSolverSDEScheduler": _LATENT_BETAS,
     "LCMScheduler": _CONSISTENCY,
-    "TCDScheduler": _CONSISTENCY,
+    "TCDScheduler": {**_CONSISTENCY, "eta": 0.3},
     "DPMSolverMultistepScheduler": _SOLVER,
     "DPMSolverSinglestepScheduler": {**_SOLVER, "lower_order_final": False},
     "DEISMultistepScheduler": {**_SOLVER, "solver_type": "logrho"},

@@ -272,14 +272,14 @@ class _Draws:
 
 
 def sample(
-    model: Model, latents: Array, schedule: Mapping[str, Any], sampler: str | None, steps: int, *, eta: float = 0.0,
+    model: Model, latents: Array, schedule: Mapping[str, Any], sampler: str | None, steps: int, *, eta: float | None = None,
     noise: Any = None, begin: int = 0, start: Step | None = None, **options: Any,
 ) -> Generator[Step, Array | None, None]:  # fmt: skip
     """Run ``sampler`` (None: as ``schedule["_class_name"]`` says) and yield one ``Step`` for each model evaluation.
 
     ``latents`` float32 [N, ...] is where the run starts: N(0, 1) times ``Plan.init_noise_sigma``, or a picture with
     ``Plan.noised_start``. ``model(sample, timestep)`` gets the sample scaled as it was trained to, and an int or a
-    float. ``eta`` is the randomness of DDIM (0 to 1) and gamma of TCD. ``noise`` is where stochastic samplers draw
+    float. ``eta`` is the randomness of DDIM (0 to 1) and gamma of TCD; None is 0 and 0.3. ``noise`` is where stochastic samplers draw
     from: an array [k, N, ...] of recorded draws, a callable of the shape, an object with ``normal(shape)``, a numpy
     Generator, or None for torch's stream of seed 0. ``begin`` is the index of the first evaluation. ``start``, an
     earlier Step of the same run, goes on after it; its noise stream is given as at the run's start.
@@ -293,6 +293,7 @@ def sample(
         latents, history, begin = np.asarray(start.latents, F32), start.history, start.index + 1
     if not 0 <= begin <= len(plan.timesteps):
         raise UsageError(f"begin must be between 0 and {len(plan.timesteps)}, found {begin}")
+    eta = float(plan.config.get("eta", 0.0)) if eta is None else eta
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must be between 0 and 1, found {eta}")
     return _run(model, plan, latents, history, begin, eta, _Draws(noise, latents.shape, history.draws))

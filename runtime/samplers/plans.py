@@ -277,7 +277,8 @@ def solver(config: Config, steps: int) -> Plan:
     final = lowest if sigmas is None or not (unipc or to_last) else sigmas[-1]
     sigmas = np.interp(timesteps, np.arange(len(table)), table) if sigmas is None else sigmas
     sigmas = np.append(sigmas, final if to_last else final_sigma(config, final)).astype(F32)
-    return Plan(config, steps, timesteps.astype(np.int64), sigmas, 1.0, "solver", acp)
+    space = "alpha" if name == "SASolverScheduler" else "solver"  # where the reference looks up a picture's noise
+    return Plan(config, steps, timesteps.astype(np.int64), sigmas, 1.0, space, acp)
 
 
 def _flow_solver_sigmas(config: Config, steps: int) -> Array:

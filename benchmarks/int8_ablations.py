@@ -23,8 +23,9 @@ from latentedge.benchmarks.int8_common import (
     write_plan,
 )
 from latentedge.calibration import gate
-from latentedge.calibration.calibrate import Options, Reporter, fit_corrections
+from latentedge.calibration.applying import fit_corrections
 from latentedge.calibration.gate import with_correction
+from latentedge.calibration.options import Options, Reporter
 from latentedge.calibration.pictures import differences, draw, summary
 from latentedge.calibration.placement import SHORTCUTS
 from latentedge.calibration.plan import Plan

@@ -14,20 +14,24 @@ from typing import Any
 import numpy as np
 
 from latentedge.calibration import gate
-from latentedge.calibration.calibrate import Options, Reporter, first_plan, search_ranges
 from latentedge.calibration.candidates import build, variant_of, with_variant
 from latentedge.calibration.capture import STRIDE, CaptureSettings, capture
 from latentedge.calibration.graph import save_graph
 from latentedge.calibration.latency import in_turns, ratio
+from latentedge.calibration.options import Options, Reporter
 from latentedge.calibration.pictures import Drawn, differences, summary
 from latentedge.calibration.plan import Plan
+from latentedge.calibration.planning import first_plan, search_ranges
 from latentedge.calibration.quantise import Evidence
 from latentedge.calibration.records import Probe
 from latentedge.calibration.requests import read_prompts, requests
-from latentedge.calibration.sensitivity import Studio, Target
+from latentedge.calibration.scene import Studio, Target
 from latentedge.runtime.bundle import Array, Bundle
 from latentedge.runtime.engines import Engine, EngineOptions
 from latentedge.runtime.pipeline import Pipeline
+
+#: Threads of every engine: all rows of a table are measured alike.
+THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,11 @@ class Setting:
 
     def target(self) -> Target:
         """Where graphs are measured."""
-        return Target(self.backend, self.precision, "fp32", EngineOptions(threads=2))
+        return Target(self.backend, self.precision, "fp32", THREADS)
 
     def options(self) -> Options:
         """Calibration's options."""
-        return Options(self.samples, self.steps, self.prompts[0::2], backend=self.backend, threads=2)
+        return Options(self.samples, self.steps, self.prompts[0::2], backend=self.backend, threads=THREADS)
 
     def held_out(self) -> list[dict[str, Any]]:
         """The requests that graphs are judged by."""
@@ -97,7 +101,7 @@ class RecordingEngine(Engine):
 def recorded_inputs(setting: Setting) -> list[dict[str, Array]]:
     """The denoiser's inputs at exactly the evaluations that calibration observes."""
     made = requests(setting.bundle, setting.samples, setting.steps, setting.prompts[0::2])
-    with Pipeline(setting.bundle, "onnxruntime", "fp32", EngineOptions(threads=2)) as plain:
+    with Pipeline(setting.bundle, "onnxruntime", "fp32", EngineOptions(threads=THREADS)) as plain:
         recording = RecordingEngine(plain.engine("unet"))
         with Pipeline(setting.bundle, "onnxruntime", "fp32", engines={"unet": recording}) as pipeline:
             for index, request in enumerate(made):
@@ -117,7 +121,7 @@ def captured(setting: Setting, folder: Path, single_step: float | None = None) -
         steps=options.steps,
         prompts=options.prompts,
         single_step=single_step,
-        threads=2,
+        threads=THREADS,
     )
     return capture(settings, folder)
 
@@ -166,7 +170,7 @@ class Judge:
         self.probes = probes
         self.target = setting.target()
         with Studio(setting.bundle, self.target) as studio:
-            self.reference: Drawn = studio.with_denoiser(None, setting.held_out())
+            self.reference: Drawn = studio.drawn(None, setting.held_out())
 
     def row(self, name: str, graph: Path, *, timed: bool = False, bundle: Bundle | None = None) -> Row:
         """A graph's pictures and output SQNR, and its speed against fp32 in the same rounds."""
@@ -177,7 +181,7 @@ class Judge:
             engine = engines[self.setting.precision]
             studio = stack.enter_context(Studio(bundle, self.target))
             studio.precision = "fp32"
-            drawn = studio.with_denoiser(engine, self.setting.held_out())
+            drawn = studio.drawn(engine, self.setting.held_out())
             mean, worst = summary(differences(self.reference, drawn))
             sqnr_db = gate.mean_sqnr(self.probes, gate.outputs_of(engine, self.probes))
             speed = None

@@ -25,9 +25,8 @@ from latentedge.calibration.observers import TensorStatistics
 from latentedge.calibration.placement import place
 from latentedge.calibration.plan import INT8, ActivationPlan, BlockPlan, Plan
 from latentedge.calibration.quantise import Evidence
-from latentedge.calibration.sensitivity import Target
+from latentedge.calibration.scene import Target
 from latentedge.runtime.bundle import Array, Bundle
-from latentedge.runtime.engines import EngineOptions
 
 
 def inputs_of(bundle: Bundle, latent_side: int, batch: int) -> dict[str, Array]:
@@ -88,7 +87,7 @@ def main(
     bundle = Bundle.open(path)
     inputs = inputs_of(bundle, size // bundle.manifest.latent.downscale, batch)
     plan, evidence = plan_of(bundle, inputs, place_for or backend)
-    target = Target(backend, "int8", "fp32", EngineOptions())
+    target = Target(backend, "int8", "fp32")
     with candidate(bundle, plan, evidence) as trial, ExitStack() as stack:
         wanted = [name for name in gate.precisions_of(backend) if name != "fp16"]
         engines = gate.open_precisions(stack, trial, "unet", target, wanted, lambda text: click.echo(text, err=True))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,6 @@ from latentedge.calibration.plan import Plan, write_atomically
 from latentedge.calibration.quantise import Evidence, quantise
 from latentedge.runtime.bundle import MANIFEST_NAME, Bundle, Component, Manifest, Variant, file_sha256
 from latentedge.runtime.errors import LatentEdgeError
-
-_NUMBER = itertools.count()
 
 
 def build(bundle: Bundle, plan: Plan, evidence: Evidence) -> tuple[ir.Model, tuple[str, ...]]:
@@ -35,7 +32,7 @@ def candidate(bundle: Bundle, plan: Plan, evidence: Evidence) -> Iterator[Bundle
     """The bundle with the plan's graph as its int8 variant; the graph's files are removed at the end."""
     model, _ = build(bundle, plan, evidence)
     folder = bundle.variant(plan.component, "fp32")[0].parent
-    path = folder / f".candidate-{os.getpid()}-{next(_NUMBER)}.onnx"
+    path = folder / f".candidate-{uuid.uuid4().hex}.onnx"
     files: list[Path] = []
     try:
         files = save_graph(model, path, share_weights=True)

@@ -2,16 +2,17 @@
 
 Each sample is a picture of its own: its statistics are written to a checkpoint when it is done, so an interrupted run
 loses at most one sample, and samples may be taken by any process on any machine. Statistics are added up at the end,
-which gives the same numbers in whatever order the samples came.
+which gives the same numbers in whatever order the samples came. The decoder is observed on the latents that some of
+these trajectories ended in, which the checkpoints hold.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +24,9 @@ from latentedge.calibration.graph import load_graph, name_nodes, value_by_name
 from latentedge.calibration.observers import TensorStatistics, merge_all
 from latentedge.calibration.placement import Placed, place
 from latentedge.calibration.plan import write_atomically
-from latentedge.calibration.records import Probe, pack, unpack
+from latentedge.calibration.records import Probe, final_latents, pack, unpack
 from latentedge.calibration.requests import requests
+from latentedge.calibration.sharding import Mapper, one_by_one
 from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec
 from latentedge.runtime.engines import Engine, EngineOptions
 from latentedge.runtime.engines.onnxruntime import open_session
@@ -34,6 +36,13 @@ from latentedge.runtime.pipeline import Pipeline
 STRIDE = 5
 #: Spreads the one evaluation of each sample that is kept as a probe evenly over the trajectory.
 GOLDEN = (5**0.5 - 1) / 2
+#: The component that turns final latents into pictures, and every how many samples it is observed.
+DECODER = "vae_decoder"
+DECODED = 4
+#: Changes with what a checkpoint holds.
+CHECKPOINT_LAYOUT = 2
+#: Activations of a decoder that are fetched at once: they are as large as the picture, hundreds of MB each at 512x512.
+DECODER_TAPS = 6
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,14 @@ class CaptureSettings:
     #: Observe the convolutions' outputs as well.
     outputs: bool = False
     threads: int | None = None
+    #: Folder of the denoiser's checkpoints, for the decoder.
+    latents: str = ""
 
     def digest(self) -> str:
         """SHA-256 over the settings and the fp32 graph; checkpoints of another digest are not used."""
         bundle = Bundle.open(self.bundle)
         facts = {**asdict(self), "bundle": "", "threads": 0, "samples": 0, "stride": STRIDE}
+        facts |= {"latents": Path(self.latents).name, "layout": CHECKPOINT_LAYOUT}
         facts["graph"] = bundle.component(self.component).variants["fp32"].sha256
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -83,6 +95,8 @@ class ObservedEngine(Engine):
         self.evaluations = 0
         #: Whether to fetch the activations of an evaluation, by its number since :meth:`begin`.
         self.observe: Callable[[int], bool] = lambda index: False
+        #: How many activations are fetched at once; ``None``: all of them.
+        self.at_once: int | None = None
         self.keep: Callable[[int], bool] = lambda index: False
         self.statistics: dict[str, TensorStatistics] = {}
         self.probes: list[Probe] = []
@@ -114,18 +128,25 @@ class ObservedEngine(Engine):
         declared = [spec.name for spec in self.component.outputs]
         seen = self.observe(self.evaluations)
         names = [*declared, *(name for name in self._taps if seen and name not in (*declared, *self._inputs))]
-        arrays = {**self._inputs, **dict(zip(names, self._session.run(names, self._inputs), strict=True))}
-        self._outputs = {name: arrays[name] for name in declared}
-        timestep = float(self._inputs["timestep"][0]) if "timestep" in self._inputs else 0.0
-        if seen:
-            for name, axis in self._taps.items():
-                array = arrays[name]
-                entry = self.statistics.setdefault(name, TensorStatistics.empty(array.shape[axis]))
-                entry.observe(array, axis, timestep)
+        size = self.at_once or len(names)
+        for start in range(0, len(names), size):
+            part = names[start : start + size]
+            arrays = dict(zip(part, self._session.run(part, self._inputs), strict=True))
+            self._outputs.update({name: arrays[name] for name in declared if name in arrays})
+            if seen:
+                self._observe_all({**arrays, **(self._inputs if start == 0 else {})})
         if self.keep(self.evaluations):
             inputs = {name: array.copy() for name, array in self._inputs.items()}
             self.probes.append(Probe(self._sample, self.evaluations, inputs, self._outputs[declared[0]].copy()))
         self.evaluations += 1
+
+    def _observe_all(self, arrays: Mapping[str, Array]) -> None:
+        timestep = float(self._inputs["timestep"][0]) if "timestep" in self._inputs else 0.0
+        for name, array in arrays.items():
+            if name in self._taps:
+                axis = self._taps[name]
+                entry = self.statistics.setdefault(name, TensorStatistics.empty(array.shape[axis]))
+                entry.observe(array, axis, timestep)
 
     def _read(self, spec: TensorSpec) -> Array:
         return self._outputs[spec.name].copy()
@@ -154,7 +175,7 @@ def open_observed(bundle: Bundle, component: str, *, outputs: bool, threads: int
     present = {str(value.name) for value in model.graph.outputs}
     inputs = {str(value.name) for value in model.graph.inputs}
     model.graph.outputs.extend(values[name] for name in taps if name not in present | inputs)
-    instrumented = path.with_name(f".{path.stem}.observed-{os.getpid()}.onnx")
+    instrumented = path.with_name(f".{path.stem}.observed-{uuid.uuid4().hex}.onnx")
     try:
         ir.save(model, instrumented)
         session = open_session(instrumented, EngineOptions(threads=threads))
@@ -185,6 +206,8 @@ def _opened(settings: CaptureSettings) -> tuple[ObservedPipeline, ObservedEngine
 def take_sample(settings: CaptureSettings, index: int) -> bytes:
     """Draw one calibration picture and give its statistics and probes as bytes; a pure function of its arguments."""
     pipeline, engine = _opened(settings)
+    if settings.component == DECODER:
+        return _decoded_sample(settings, index, pipeline, engine)
     bundle = Bundle.open(settings.bundle)
     request = requests(bundle, index + 1, settings.steps, settings.prompts)[index]
     steps = settings.steps or bundle.manifest.defaults.steps
@@ -195,19 +218,24 @@ def take_sample(settings: CaptureSettings, index: int) -> bytes:
         only = int(settings.single_step * (steps - 1))
         engine.begin(index, lambda number: number == only, lambda number: number == probe)
     prompt = request.pop("prompt", None)
-    for _ in pipeline.steps(prompt, **request):
-        pass
+    latents = None
+    for step in pipeline.steps(prompt, **request):
+        latents = step.latents
+    return pack(engine.statistics, engine.probes, latents)
+
+
+def _decoded_sample(settings: CaptureSettings, index: int, pipeline: ObservedPipeline, engine: ObservedEngine) -> bytes:
+    """Decode the latents that a trajectory ended in."""
+    latents = final_latents(checkpoint(Path(settings.latents), index * DECODED))
+    engine.begin(index, lambda number: True, lambda number: True)
+    engine.at_once = DECODER_TAPS
+    pipeline.decode(latents)
     return pack(engine.statistics, engine.probes)
 
 
-#: Runs ``take_sample`` for several indexes and gives (index, bytes) as they are done.
-Mapper = Callable[[CaptureSettings, list[int]], Iterator[tuple[int, bytes]]]
-
-
-def one_by_one(settings: CaptureSettings, indexes: list[int]) -> Iterator[tuple[int, bytes]]:
-    """Every sample in this process."""
-    for index in indexes:
-        yield index, take_sample(settings, index)
+def checkpoint(folder: Path, index: int) -> Path:
+    """The file of one sample."""
+    return folder / f"sample-{index:05d}.npz"
 
 
 def capture(
@@ -218,11 +246,11 @@ def capture(
 ) -> tuple[dict[str, TensorStatistics], list[Probe]]:
     """Statistics and probes of all samples; checkpoints in ``folder`` are used, and written for every new sample."""
     folder = folder / settings.digest()[:16]
-    _drop_others(folder)
-    files = [folder / f"sample-{index:05d}.npz" for index in range(settings.samples)]
+    drop_others(folder)
+    files = [checkpoint(folder, index) for index in range(settings.samples)]
     missing = [index for index, file in enumerate(files) if not file.is_file()]
     done = settings.samples - len(missing)
-    for index, data in mapper(settings, missing):
+    for index, data in mapper(take_sample, settings, missing):
         write_atomically(files[index], data)
         done += 1
         if progress is not None:
@@ -237,8 +265,8 @@ def capture(
     return statistics, probes
 
 
-def _drop_others(folder: Path) -> None:
-    """Remove checkpoints of other settings."""
+def drop_others(folder: Path) -> None:
+    """Make a folder of checkpoints, and remove those of other settings beside it."""
     if folder.parent.is_dir():
         for other in folder.parent.iterdir():
             if other != folder and other.is_dir():

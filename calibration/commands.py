@@ -28,13 +28,9 @@ def decibels(text: str) -> float:
 @click.option("--steps", type=click.IntRange(min=1), help="Sampler steps; default: the bundle's.")
 @click.option("--floor", default="30dB", show_default=True, help="Lowest mean PSNR of pictures against fp32.")
 @click.option("--backend", default="auto", show_default=True, help="Engine that the graph is placed for.")
-@click.option(
-    "--pictures", type=click.IntRange(min=1), default=16, show_default=True, help="Held-out pictures to judge."
-)
 @click.option("--floats", type=click.Choice(["fp32", "fp16"]), help="What the rest computes in; default: by backend.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this (edited) plan; no new capture.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that observe.")
-@click.option("--ray", metavar="ADDRESS", help="Observe on a Ray cluster; needs the extra [ray].")
+@click.option("--ray", metavar="ADDRESS", help='Shard over a Ray cluster, or "local"; needs the extra [ray].')
 @click.option("--explain", is_flag=True, help="Print each block's error, gain and decision.")
 @click.option("--json", "as_json", is_flag=True, help="Write the result to stdout as JSON.")
 def calibrate(
@@ -44,31 +40,33 @@ def calibrate(
     steps: int | None,
     floor: str,
     backend: str,
-    pictures: int,
     floats: str | None,
     plan_file: Path | None,
-    workers: int,
     ray: str | None,
     explain: bool,
     as_json: bool,
 ) -> None:
-    """Quantise the denoiser of BUNDLE to INT8, and measure whether that pays on this machine."""
+    """Quantise denoiser and decoder of BUNDLE to INT8, and measure whether that pays on this machine."""
     from latentedge.calibration.calibrate import Options, reapply
     from latentedge.calibration.calibrate import calibrate as run_calibration
+    from latentedge.calibration.calibration_report import write_report
     from latentedge.calibration.plan import Plan
     from latentedge.calibration.presentation import print_explanation, print_outcome, reporting, result_of
     from latentedge.calibration.requests import read_prompts
     from latentedge.calibration.sharding import mapper_of
 
     texts = tuple(read_prompts(prompts)) if prompts is not None else ()
-    options = Options(samples, steps, texts, decibels(floor), backend, pictures, floats=floats)
+    options = Options(samples, steps, texts, decibels(floor), backend, floats=floats)
     with reporting() as reporter:
         if plan_file is not None:
             outcome = reapply(bundle, Plan.load(plan_file), options, reporter)
         else:
-            outcome = run_calibration(bundle, options, reporter, mapper_of(workers, ray))
+            outcome = run_calibration(bundle, options, reporter, mapper_of(ray))
+    files = write_report(outcome)
+    click.echo(f"report: {files['html']}", err=True)
     if explain:
-        print_explanation(outcome.plan, to_stderr=as_json)
+        for part in outcome.parts:
+            print_explanation(part.plan, to_stderr=as_json)
     if as_json:
         click.echo(json.dumps(result_of(outcome), indent=2))
     else:

@@ -60,8 +60,9 @@ class Comparison:
     first: Drawn
     second: Drawn
     frechet: float | None
-    #: Distance of each side to reference pictures, where a folder of them was given.
+    #: Distance of each side to reference pictures, and how many there are, where they were given.
     reference_frechet: tuple[float, float] | None = None
+    references: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All figures, worst picture first."""
@@ -80,12 +81,18 @@ class Comparison:
             },
             "latent_sqnr_db_by_step": [float(value) for value in steps.mean(axis=0)],
             "frechet_distance_in_autoencoder_features": self.frechet,
-            "frechet_distance_to_reference": self.reference_frechet,
+            "frechet_distance_to_reference": self._to_reference(),
             "seconds_per_picture": [float(np.median(side.seconds)) for side in (self.first, self.second)],
             "worst_first": [
                 {**dataclasses.asdict(entry), "request": _plain(self.requests[entry.index])} for entry in self.ranked()
             ],
         }
+
+    def _to_reference(self) -> dict[str, Any] | None:
+        if self.reference_frechet is None:
+            return None
+        first, second = self.reference_frechet
+        return {"first": first, "second": second, "ratio": second / first, "pictures": self.references}
 
     def ranked(self) -> list[Difference]:
         """Pictures by PSNR, worst first."""
@@ -155,6 +162,7 @@ def compare(
         (frechet_distance(one, reference), frechet_distance(two, reference))
         if usable and one is not None and two is not None and reference is not None
         else None,
+        0 if reference is None else len(reference),
     )
 
 
@@ -168,9 +176,9 @@ def _pictures_in(folder: Path, size: tuple[int, ...]) -> Array:
     from PIL import Image
 
     if folder.suffix == ".npz":
-        with np.load(folder, allow_pickle=False) as file:
-            stacked = np.asarray(file[file.files[0]])
-        pictures = [Image.fromarray(picture) for picture in stacked]
+        pictures = _packed_pictures(folder)
+    elif not folder.is_dir():
+        raise UsageError(f"{folder} is neither a folder of pictures nor an .npz file.")
     else:
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         pictures = [Image.open(file).convert("RGB") for file in files]
@@ -178,3 +186,17 @@ def _pictures_in(folder: Path, size: tuple[int, ...]) -> Array:
         raise UsageError(f"{folder} holds fewer than two pictures.")
     resized = [picture.resize((size[1], size[0]), Image.Resampling.BICUBIC) for picture in pictures]
     return np.stack([np.asarray(picture, np.float32) / 255 for picture in resized])
+
+
+def _packed_pictures(file: Path) -> list[Any]:
+    """The first array of an NPZ file, uint8 ``[N, H, W, 3]``."""
+    from PIL import Image
+
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            stacked = np.asarray(arrays[arrays.files[0]])
+    except (OSError, ValueError, IndexError) as error:
+        raise UsageError(f"{file} cannot be read as pictures: {error}.") from error
+    if stacked.ndim != 4 or stacked.shape[3] != 3 or stacked.dtype != np.uint8:
+        raise UsageError(f"{file}: expected uint8 pictures [N, H, W, 3], found {stacked.dtype} {list(stacked.shape)}.")
+    return [Image.fromarray(picture) for picture in stacked]

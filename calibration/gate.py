@@ -1,7 +1,8 @@
 """Measures every precision of the denoiser on this machine, side by side, and writes down what decides ``auto``.
 
 INT8 is chosen only where its latency's lower bound beats the fastest float precision and its pictures hold the floor;
-``latentedge.runtime.selection`` reads the records.
+``latentedge.runtime.selection`` reads the records. Where the machine is too noisy to tell, the record says "undecided"
+and what is proven stays.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentedge.calibration.candidates import with_component
-from latentedge.calibration.latency import in_turns, ratio
+from latentedge.calibration.latency import FASTER, UNDECIDED, Ratio, in_turns, ratio
 from latentedge.calibration.metrics import sqnr
 from latentedge.calibration.pictures import Drawn, differences, summary
 from latentedge.calibration.records import Probe
-from latentedge.calibration.sensitivity import WORST_BELOW_DB, Studio, Target
+from latentedge.calibration.scene import Scene, Studio, Target
+from latentedge.calibration.sensitivity import WORST_BELOW_DB
 from latentedge.runtime.bundle import Array, Bundle, graph_precision
 from latentedge.runtime.engines import BACKENDS, Engine, open_engine
 from latentedge.runtime.errors import EngineError
@@ -59,42 +61,79 @@ def is_quantised(precision: str) -> bool:
     return graph_precision(precision) == "int8"
 
 
-def latency_records(
-    times: Mapping[str, list[float]], backend: str, good: Mapping[str, bool], reference: list[float] | None = None
-) -> dict[str, Record]:
-    """Latency records by precision from times of the same rounds.
+@dataclass(frozen=True)
+class Race:
+    """Which times decide: ``backend``'s precisions, of which those in ``good`` may be alternatives to INT8.
 
-    ``ratio`` is the speed against ONNX Runtime in fp32 (times ``reference``), which is what runs where nothing was
-    measured; against the backend's own fp32 without it. For a quantised precision ``alternative`` names the fastest
-    float precision that is good enough, and ``ratio_low`` is the smaller of the lower bounds against the reference and
-    against it, so that quantisation has to beat both.
+    ``reference``: the name of ONNX Runtime's fp32 among the times, which is what runs where nothing was measured; the
+    backend's own fp32 is the reference where it is not there.
     """
-    floats = {name: ratio(times["fp32"], seconds) for name, seconds in times.items() if not is_quantised(name)}
-    base, named = (times["fp32"], f"{backend} fp32") if reference is None else (reference, REFERENCE)
-    best = max(
-        (name for name in floats if name == "fp32" or good.get(name, False)), key=lambda name: floats[name].ratio
-    )
-    records = {}
-    for name, seconds in times.items():
-        against = ratio(base, seconds)
-        record: Record = {
-            "kind": "latency",
-            "backend": backend,
-            "precision": name,
-            "machine": machine_fingerprint(),
-            "library": library_version(backend),
-            "seconds": float(sorted(seconds)[len(seconds) // 2]),
-            "reference": named,
-            "ratio": against.ratio,
-            "ratio_low": against.low,
-            "rounds": against.rounds,
-        }
-        if is_quantised(name):
-            other = ratio(times[best], seconds)
-            record |= {"alternative": best, "alternative_ratio": other.ratio, "alternative_ratio_low": other.low}
-            record["ratio_low"] = min(against.low, other.low)
-        records[name] = record
-    return records
+
+    backend: str
+    good: Mapping[str, bool]
+
+    def reference(self, times: Mapping[str, list[float]]) -> str:
+        """The name of the times that ratios are taken against."""
+        return REFERENCE if REFERENCE in times else "fp32"
+
+    def alternative(self, times: Mapping[str, list[float]]) -> str:
+        """The fastest float precision that is good enough."""
+        floats = [name for name in times if name != REFERENCE and not is_quantised(name)]
+        usable = [name for name in floats if name == "fp32" or self.good.get(name, False)]
+        return max(usable, key=lambda name: ratio(times["fp32"], times[name]).ratio)
+
+    def against(self, times: Mapping[str, list[float]], name: str) -> list[Ratio]:
+        """What a precision has to beat: the reference; a quantised one the best float precision as well."""
+        found = [ratio(times[self.reference(times)], times[name])]
+        return [*found, ratio(times[self.alternative(times)], times[name])] if is_quantised(name) else found
+
+    def decided(self, times: Mapping[str, list[float]]) -> bool:
+        """Whether each precision that could be chosen is faster, or slower, than what it has to beat."""
+        wanted = [name for name in times if name not in (REFERENCE, "fp32") and self.good.get(name, False)]
+        return all(verdict(self.against(times, name)) != UNDECIDED for name in wanted)
+
+    def records(self, times: Mapping[str, list[float]]) -> dict[str, Record]:
+        """Latency records by precision.
+
+        ``ratio`` is the speed against the reference. For a quantised precision ``alternative`` names the float precision
+        to beat, and ``ratio_low`` is the smaller of the lower bounds against the reference and against it.
+        """
+        reference = self.reference(times)
+        named = REFERENCE if reference == REFERENCE else f"{self.backend} fp32"
+        found = {}
+        for name, seconds in times.items():
+            if name == REFERENCE:
+                continue
+            bounds = self.against(times, name)
+            record = _timed_record(self.backend, name, seconds)
+            record |= {"reference": named, "ratio": bounds[0].ratio, "rounds": bounds[0].rounds}
+            record |= {"ratio_low": min(b.low for b in bounds), "ratio_high": min(b.high for b in bounds)}
+            record["verdict"] = verdict(bounds)
+            if len(bounds) > 1:
+                other = {"alternative": self.alternative(times), "alternative_ratio": bounds[1].ratio}
+                other |= {"alternative_ratio_low": bounds[1].low, "alternative_ratio_high": bounds[1].high}
+                record |= other
+            found[name] = record
+        return found
+
+
+def verdict(bounds: Sequence[Ratio]) -> str:
+    """Faster than all, slower than one, or undecided."""
+    verdicts = [bound.verdict for bound in bounds]
+    if all(found == FASTER for found in verdicts):
+        return FASTER
+    return next((found for found in verdicts if found not in (FASTER, UNDECIDED)), UNDECIDED)
+
+
+def _timed_record(backend: str, precision: str, seconds: list[float]) -> Record:
+    return {
+        "kind": "latency",
+        "backend": backend,
+        "precision": precision,
+        "machine": machine_fingerprint(),
+        "library": library_version(backend),
+        "seconds": float(sorted(seconds)[len(seconds) // 2]),
+    }
 
 
 def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn, floor_db: float) -> Record:
@@ -146,22 +185,27 @@ def measure(
     with ExitStack() as stack:
         wanted = precisions_of(target.backend)
         engines = open_precisions(stack, bundle, component, target, wanted, notify)
-        with Studio(bundle, target) as studio:
-            reference = studio.with_denoiser(engines["fp32"], requests)
+        studio = stack.enter_context(Studio(bundle, target))
+        scene = Scene.of(studio, component, requests, engines["fp32"])
         quality: dict[str, Record] = {}
         for precision, engine in engines.items():
             if precision == "fp32":
                 continue
-            shot = _Shot(target, engine, precision, requests, reference, floor_db)
+            shot = _Shot(target, engine, precision, scene, floor_db)
             bundle, quality[precision] = shot.best(bundle, corrections.get(precision))
-        times = _timed(stack, bundle, component, target, engines, probes[0].inputs) if target.timed else {}
-    good = {precision: holds(record) for precision, record in quality.items()}
-    reference_times = times.pop(REFERENCE, None)
-    records = list(quality.values())
-    if times:
-        records += latency_records(times, target.backend, good, reference_times).values()
-    if reference_times is not None:
-        records += latency_records({"fp32": reference_times}, REFERENCE_BACKEND, {}).values()
+        records = list(quality.values())
+        if target.timed:
+            race = Race(target.backend, {precision: holds(record) for precision, record in quality.items()})
+            times = _timed(stack, bundle, component, target, engines, probes[0].inputs, race)
+            records += race.records(times).values()
+            if REFERENCE in times:
+                records += Race(REFERENCE_BACKEND, {}).records({"fp32": times[REFERENCE]}).values()
+    for record in records:
+        if record.get("verdict") == UNDECIDED and record["precision"] != "fp32":
+            notify(
+                f"{component} in {record['precision']}: undecided after {record['rounds']} rounds, {record['ratio_low']:.2f} "
+                f"to {record['ratio_high']:.2f} times what it has to beat; what is proven stays"
+            )
     return with_records(bundle, component, records), records
 
 
@@ -172,6 +216,7 @@ def _timed(
     target: Target,
     engines: Mapping[str, Engine],
     inputs: Mapping[str, Array],
+    race: Race,
 ) -> dict[str, list[float]]:
     """Times of all engines in turns, with ONNX Runtime's fp32 among them where it is installed."""
     running = dict(engines)
@@ -179,7 +224,7 @@ def _timed(
         running[REFERENCE] = stack.enter_context(
             open_engine(bundle, component, REFERENCE_BACKEND, "fp32", target.options)
         )
-    return in_turns(running, inputs, target.seconds * len(running))
+    return in_turns(running, inputs, target.seconds * len(running), race.decided)
 
 
 @dataclass(frozen=True)
@@ -189,14 +234,13 @@ class _Shot:
     target: Target
     engine: Engine
     precision: str
-    requests: Sequence[dict[str, Any]]
-    reference: Drawn
+    scene: Scene
     floor_db: float
 
     def record(self, bundle: Bundle) -> Record:
         with Studio(bundle, self.target, self.precision) as studio:
-            drawn = studio.with_denoiser(self.engine, self.requests)
-        record = quality_record(self.precision, self.target.backend, self.reference, drawn, self.floor_db)
+            drawn = self.scene.drawn(self.engine, studio)
+        record = quality_record(self.precision, self.target.backend, self.scene.reference, drawn, self.floor_db)
         if not self.target.timed:
             # The Q/DQ graph fixes the arithmetic, so its pictures stand for the engine that is not here.
             record["measured_with"] = record.pop("backend")

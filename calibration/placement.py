@@ -37,12 +37,13 @@ def place(model: ir.Model) -> list[Placed]:
     nodes, values = node_by_name(model), value_by_name(model)
     latent = _depends_on(model, "sample" if "sample" in {v.name for v in model.graph.inputs} else None)
     first, last = _first(layers, nodes), _last(model, layers, nodes)
+    searched = _searched(model, layers, nodes)
     placed = []
     for layer in layers:
         shortcut = is_shortcut(layer, nodes)
         split = _concatenated(values[layer.activation]) if shortcut else ()
         block = SHORTCUTS if shortcut else layer.block
-        placed.append(Placed(layer, block, _kept(layer, nodes, latent, first, last), split))
+        placed.append(Placed(layer, block, searched.get(layer.name) or _kept(layer, nodes, latent, first, last), split))
     return placed
 
 
@@ -92,6 +93,14 @@ def _last(model: ir.Model, layers: list[Layer], nodes: dict[str, ir.Node]) -> se
     outputs = {str(nodes[layer.node].outputs[0].name): layer for layer in layers}
     above = ancestors(model.graph.outputs, frozenset(outputs))
     return {layer.name for name, layer in outputs.items() if name in above and layer.kind == "Conv"}
+
+
+def _searched(model: ir.Model, layers: list[Layer], nodes: dict[str, ir.Node]) -> dict[str, str]:
+    """The layers whose output picks an entry of a table: a rounded distance would pick another one."""
+    outputs = {str(nodes[layer.node].outputs[0].name): layer.name for layer in layers}
+    picks = [node for node in model.graph if node.op_type in ("ArgMin", "ArgMax", "TopK")]
+    above = ancestors([node.inputs[0] for node in picks], frozenset(outputs))
+    return {name: "distance to a codebook" for output, name in outputs.items() if output in above}
 
 
 def is_shortcut(layer: Layer, nodes: dict[str, ir.Node]) -> bool:

@@ -92,10 +92,13 @@ class Plan:
         )
         return dataclasses.replace(self, blocks=blocks)
 
+    def to_text(self) -> str:
+        """The plan as JSON."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
     def save(self, path: Path) -> None:
         """Write the plan, aside first and then renamed."""
-        text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=2)
-        write_atomically(path, (text + "\n").encode())
+        write_atomically(path, self.to_text().encode())
 
     @classmethod
     def load(cls, path: Path) -> Plan:

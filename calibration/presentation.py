@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from latentedge.calibration.calibrate import Outcome, Reporter
-from latentedge.calibration.plan import Plan
+from latentedge.calibration.applying import Outcome, Part
+from latentedge.calibration.options import Reporter
+from latentedge.calibration.plan import INT8, Plan
 
 #: What the user reads for each stage.
 STAGES = {
     "capture": "observing the fp32 trajectory",
+    "decoder": "observing the decoder",
     "ranges": "choosing ranges by output error",
     "blocks": "measuring each block alone",
     "plan": "looking for the fastest plan above the floor",
@@ -44,7 +46,11 @@ def reporting() -> Iterator[Reporter]:
 
 def print_explanation(plan: Plan, *, to_stderr: bool) -> None:
     """The table of :func:`explanation`, as wide as the terminal, or 140 columns elsewhere."""
-    Console(stderr=to_stderr, width=None if sys.stdout.isatty() else 140).print(explanation(plan))
+    _console(to_stderr).print(explanation(plan))
+
+
+def _console(to_stderr: bool = False) -> Console:
+    return Console(stderr=to_stderr, width=None if sys.stdout.isatty() else 140)
 
 
 def explanation(plan: Plan) -> Table:
@@ -83,6 +89,14 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
         "bundle": str(outcome.bundle.path),
         "plan": dataclasses.asdict(outcome.plan)["blocks"],
         "int8_layers": len(outcome.layers),
+        "components": {
+            part.plan.component: {
+                "plan": dataclasses.asdict(part.plan)["blocks"],
+                "int8_layers": len(part.layers),
+                "records": part.records,
+            }
+            for part in outcome.parts
+        },
         "faults": [dataclasses.asdict(fault) for fault in outcome.faults],
         "records": outcome.records,
         "auto": {"backend": backend, "precision": precision, "reason": reason},
@@ -90,27 +104,52 @@ def result_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Speed and quality by precision, and what ``auto`` takes."""
-    table = Table()
-    for name in ("precision", "ms", "x reference", "at least", "PSNR dB", "worst dB"):
-        table.add_column(name, justify="left" if name == "precision" else "right")
+    """Speed and quality by component and precision, and what ``auto`` takes."""
+    for part in outcome.parts:
+        _console().print(_measured(part))
+        total = len(part.layers) + len(part.plan.kept)
+        total += sum(len(block.layers) for block in part.plan.blocks if block.precision != INT8)
+        click.echo(f"{part.plan.component}: {len(part.layers)} of {total} layers in INT8")
+    backend, precision, reason = outcome.choice
+    click.echo(f"auto is now {precision} with {backend}: {reason}")
+
+
+def measured_by_precision(part: Part) -> dict[str, dict[str, Any]]:
+    """A component's records by backend and precision, each field under ``latency.`` or ``quality.``."""
     rows: dict[str, dict[str, Any]] = {}
-    for record in outcome.records:
-        rows.setdefault(f"{record.get('backend', 'any')} {record['precision']}", {}).update(
+    for record in part.records:
+        backend = record.get("backend", record.get("measured_with", "any"))
+        rows.setdefault(f"{backend} {record['precision']}", {}).update(
             {f"{record['kind']}.{name}": value for name, value in record.items()}
         )
+    return rows
+
+
+def _measured(part: Part) -> Table:
+    table = Table(title=part.plan.component)
+    for name in ("precision", "ms", "x reference", "at least", "against", "verdict", "PSNR dB", "worst dB", "floor"):
+        table.add_column(name, justify="left" if name in ("precision", "against", "verdict", "floor") else "right")
+    rows = measured_by_precision(part)
     for precision in sorted(rows, key=lambda name: rows[name].get("latency.ratio", 0.0)):
         row = rows[precision]
-        timed = "latency.seconds" in row
-        drawn = "quality.psnr_db" in row
-        table.add_row(
-            precision,
-            f"{row['latency.seconds'] * 1e3:.1f}" if timed else "-",
-            f"{row['latency.ratio']:.2f}" if timed else "-",
-            f"{row['latency.ratio_low']:.2f}" if timed else "-",
-            f"{row['quality.psnr_db']:.1f}" if drawn else "-",
-            f"{row['quality.psnr_worst_db']:.1f}" if drawn else "-",
-        )
-    Console().print(table)
-    backend, precision, reason = outcome.choice
-    click.echo(f"{len(outcome.layers)} layers in INT8; auto is now {precision} with {backend}: {reason}")
+        timed = ("-",) * 5
+        if "latency.seconds" in row:
+            other = row.get("latency.alternative")
+            timed = (
+                f"{row['latency.seconds'] * 1e3:.1f}",
+                f"{row['latency.ratio']:.2f}",
+                f"{row['latency.ratio_low']:.2f}",
+                f"{row['latency.alternative_ratio']:.2f} x {other}" if other else "-",
+                str(row["latency.verdict"]),
+            )
+        drawn = ("-",) * 3
+        if "quality.psnr_db" in row:
+            held = row["quality.psnr_db"] >= row["quality.floor_mean_db"]
+            held &= row["quality.psnr_worst_db"] >= row["quality.floor_db"]
+            drawn = (
+                f"{row['quality.psnr_db']:.1f}",
+                f"{row['quality.psnr_worst_db']:.1f}",
+                "held" if held else f"below {row['quality.floor_mean_db']:g}",
+            )
+        table.add_row(precision, *timed, *drawn)
+    return table

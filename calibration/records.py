@@ -30,12 +30,12 @@ class Probe:
 
     @property
     def timestep(self) -> float:
-        """The model's timestep."""
-        return float(self.inputs["timestep"][0])
+        """The model's timestep; 0 for a network that takes none."""
+        return float(self.inputs["timestep"][0]) if "timestep" in self.inputs else 0.0
 
 
-def pack(statistics: Mapping[str, TensorStatistics], probes: list[Probe]) -> bytes:
-    """Statistics and probes as the bytes of an npz file."""
+def pack(statistics: Mapping[str, TensorStatistics], probes: list[Probe], latents: Array | None = None) -> bytes:
+    """Statistics, probes and the latents that a trajectory ended in, as the bytes of an npz file."""
     arrays: dict[str, Array] = {"names": np.array(list(statistics), dtype=np.str_)}
     for index, entry in enumerate(statistics.values()):
         present = np.flatnonzero(entry.counts)
@@ -51,6 +51,8 @@ def pack(statistics: Mapping[str, TensorStatistics], probes: list[Probe]) -> byt
         arrays[f"probe{number}.output"] = probe.output
         for name, array in probe.inputs.items():
             arrays[f"probe{number}.input.{name}"] = array
+    if latents is not None:
+        arrays["latents"] = latents
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     return stream.getvalue()
@@ -73,6 +75,12 @@ def unpack(data: bytes | Path) -> tuple[dict[str, TensorStatistics], list[Probe]
         inputs = {name[len(marker) :]: array for name, array in arrays.items() if name.startswith(marker)}
         probes.append(Probe(sample, step, inputs, arrays[f"{prefix}output"]))
     return statistics, probes
+
+
+def final_latents(file: Path) -> Array:
+    """The latents ``[1, C, h, w]`` of a sample's checkpoint, in the model's own scale."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return np.asarray(arrays["latents"])
 
 
 def _statistics(arrays: Mapping[str, Array], index: int) -> TensorStatistics:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 from pathlib import Path
@@ -12,7 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from latentedge.calibration import html
 from latentedge.calibration.compare import Comparison, caption
+from latentedge.calibration.pictures import Difference
 from latentedge.calibration.plan import write_atomically
 from latentedge.runtime.bundle import Array
 from latentedge.runtime.images import to_bytes
@@ -24,24 +24,15 @@ MARGIN, LABEL = 8, 16
 SHOWN_WIDTH = 200
 #: The difference is drawn this many times as strong.
 AMPLIFIED = 8
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --muted: #777; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); }
-td:not(:first-child), th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
-.grid { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; }
-.grid img { width: 100%; image-rendering: pixelated; } .grid .name { grid-column: 1 / -1; color: var(--muted); }
-figure { margin: 1rem 0; } figure img { max-width: 100%; background: #fff; } figcaption { color: var(--muted); }
-"""
+#: A distance to the reference pictures that has grown by more than this is marked.
+WORSE_PERCENT = 5.0
 
 
 def write_report(comparison: Comparison, folder: Path) -> dict[str, Path]:
     """Write ``comparison.json``, ``.png`` and ``.html`` into ``folder``; gives their paths."""
     files = {kind: folder / f"comparison.{kind}" for kind in ("json", "png", "html")}
     write_atomically(files["json"], (json.dumps(comparison.to_json(), indent=2) + "\n").encode())
-    write_atomically(files["png"], _png(grid(comparison)))
+    write_atomically(files["png"], html.png(grid(comparison)))
     write_atomically(files["html"], page(comparison).encode())
     return files
 
@@ -79,41 +70,55 @@ def _triple(comparison: Comparison, index: int) -> list[Array]:
 
 
 def page(comparison: Comparison) -> str:
-    """One HTML page with figures, plots and pictures inlined."""
+    """One HTML page: the figures, the worst pictures, then plots over all of them."""
+    one, two = (html.text(label) for label in comparison.labels)
+    heading = (
+        f"<h1>{two} <small>against</small> {one}</h1>"
+        f"<p class=muted>{len(comparison.found)} pictures of the same seeds and requests. PSNR and SSIM compare pictures, "
+        f"latent SQNR the sampler's latents after each step.</p>"
+    )
+    cases = "".join(_case(comparison, entry) for entry in comparison.ranked()[:MOST_ROWS])
+    body = (
+        html.tiles(_tiles(comparison))
+        + f"<h2>Worst pictures first</h2><div class=grid>{cases}</div>"
+        + "<h2>All pictures</h2><figure class=plots style='margin:0'>"
+        + f"<img src='{html.inlined(plots(comparison))}' alt='latent SQNR by step and PSNR of pictures'></figure>"
+    )
+    return html.page(f"{comparison.labels[1]} against {comparison.labels[0]}", heading, body)
+
+
+def _tiles(comparison: Comparison) -> list[html.Tile]:
     data = comparison.to_json()
-    one, two = (html.escape(label) for label in comparison.labels)
-    rows = [
-        ("PSNR of pictures, mean", f"{data['psnr_db']['mean']:.2f} dB"),
-        ("PSNR of pictures, worst", f"{data['psnr_db']['worst']:.2f} dB"),
-        ("SSIM, mean", f"{data['ssim']['mean']:.4f}"),
-        ("SSIM, worst", f"{data['ssim']['worst']:.4f}"),
-        ("latent SQNR after the last step", f"{data['latent_sqnr_db_by_step'][-1]:.2f} dB"),
-        ("seconds per picture", " / ".join(f"{value:.2f}" for value in data["seconds_per_picture"])),
+    slow, fast = data["seconds_per_picture"]
+    tiles = [
+        html.Tile("PSNR, mean", f"{data['psnr_db']['mean']:.1f} dB", "100 dB: identical"),
+        html.Tile("PSNR, worst", f"{data['psnr_db']['worst']:.1f} dB", f"of {len(comparison.found)} pictures"),
+        html.Tile("SSIM, mean", f"{data['ssim']['mean']:.4f}", f"worst {data['ssim']['worst']:.4f}"),
+        html.Tile("latent SQNR", f"{data['latent_sqnr_db_by_step'][-1]:.1f} dB", "after the last step"),
+        html.Tile("time for a picture", f"{fast:.2f} s", f"instead of {slow:.2f} s: {slow / fast:.2f} times as fast"),
     ]
     if comparison.frechet is not None:
-        rows.append(("Frechet distance in the autoencoder's feature space", f"{comparison.frechet:.4g}"))
+        tiles.append(
+            html.Tile("Frechet distance", f"{comparison.frechet:.3g}", "of the two sets, autoencoder's features")
+        )
     if comparison.reference_frechet is not None:
-        distances = " / ".join(f"{value:.4g}" for value in comparison.reference_frechet)
-        rows.append(("Frechet distance to the reference pictures", distances))
-    table = "".join(f"<tr><td>{html.escape(name)}</td><td>{value}</td></tr>" for name, value in rows)
-    pictures = []
-    for entry in comparison.ranked()[:MOST_ROWS]:
-        label = f"{entry.psnr_db:.1f} dB, SSIM {entry.ssim:.3f}: {caption(comparison.requests[entry.index])}"
-        pictures.append(f'<div class="name">{html.escape(label)}</div>')
-        names = (comparison.labels[0], comparison.labels[1], f"difference times {AMPLIFIED}")
-        for picture, name in zip(_triple(comparison, entry.index), names, strict=True):
-            pictures.append(f'<img src="{_inlined(_png(Image.fromarray(picture)))}" alt="{html.escape(name)}">')
-    plot = _inlined(plots(comparison))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{one} and {two}</title><style>{STYLE}</style>"
-        f"<h1>{one} <small>and</small> {two}</h1><p>{data['pictures']} pictures of the same seeds and requests.</p>"
-        f"<table>{table}</table><figure><img src='{plot}' alt='latent SQNR by step and PSNR of pictures'>"
-        f"<figcaption>Left: SQNR of the latent after each step, every picture and the mean. "
-        f"Right: PSNR of the pictures.</figcaption></figure>"
-        f"<h2>Worst first</h2><div class='grid'><div>{one}</div><div>{two}</div>"
-        f"<div>difference × {AMPLIFIED}</div>{''.join(pictures)}</div></html>\n"
-    )
+        first, second = comparison.reference_frechet
+        note = f"{second:.4g} and {first:.4g} to {comparison.references} pictures, autoencoder's features"
+        worse = 100 * (second / first - 1)
+        tiles.append(html.Tile("distance to reference", f"{worse:+.1f} %", note, worse > WORSE_PERCENT))
+    return tiles
+
+
+def _case(comparison: Comparison, entry: Difference) -> str:
+    names = (*comparison.labels, f"difference × {AMPLIFIED}")
+    shown = [
+        f'<div><img src="{html.inlined(html.png(Image.fromarray(picture)))}" alt="{html.text(name)}">'
+        f'<div class="name">{html.text(name)}</div></div>'
+        for picture, name in zip(_triple(comparison, entry.index), names, strict=True)
+    ]
+    label = html.text(caption(comparison.requests[entry.index]))
+    figures = f"<b>{entry.psnr_db:.1f} dB</b> <small>SSIM {entry.ssim:.3f}</small>"
+    return f'<figure class="case"><figcaption>{figures}<br>{label}</figcaption>{"".join(shown)}</figure>'
 
 
 def plots(comparison: Comparison) -> bytes:
@@ -121,30 +126,30 @@ def plots(comparison: Comparison) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9.4, 3.1), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps = np.array([entry.latent_sqnr_db for entry in comparison.found])
-    left.plot(np.arange(1, steps.shape[1] + 1), steps.T, color="#4477aa", alpha=0.2, linewidth=0.8)
-    left.plot(np.arange(1, steps.shape[1] + 1), steps.mean(axis=0), color="#4477aa", linewidth=2)
-    left.set(xlabel="evaluation", ylabel="latent SQNR (dB)")
-    right.hist([entry.psnr_db for entry in comparison.found], bins="auto", color="#4477aa")
-    right.set(xlabel="PSNR (dB)", ylabel="pictures")
+    numbers = np.arange(1, steps.shape[1] + 1)
+    left.plot(numbers, steps.T, color="#4477aa", alpha=0.25, linewidth=0.8)
+    left.plot(numbers, steps.mean(axis=0), color="#4477aa", linewidth=2.2, label="mean")
+    left.plot(numbers, steps[comparison.ranked()[0].index], color="#bb5533", linewidth=1.6, label="worst picture")
+    left.set(title="latent SQNR after each evaluation (dB)", xlabel="evaluation")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(frameon=False)
+    values = [entry.psnr_db for entry in comparison.found]
+    right.hist(values, bins="auto" if len(values) > 12 else max(4, len(values)), color="#4477aa", rwidth=0.9)
+    right.axvline(float(np.mean(values)), color="#222222", linewidth=1.2, linestyle="--")
+    right.annotate("mean", (float(np.mean(values)), 1), xycoords=("data", "axes fraction"), xytext=(4, -10),
+                   textcoords="offset points")  # fmt: skip
+    right.set(title="PSNR of pictures (dB)", ylabel="pictures")
+    right.yaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
+    figure.savefig(stream, format="png", dpi=160)
     return stream.getvalue()
-
-
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
-def _inlined(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:

@@ -1,26 +1,37 @@
-"""Each block's error and gain alone, and the fastest set of blocks whose pictures stay above the floor."""
+"""Each block's error and gain alone, and the fastest set of blocks whose pictures stay above the floor.
+
+Errors are pure functions of what is stored in the bundle, so they are taken by any process on any machine, each one
+kept in a file when it is known. Gains are measured here alone: another machine is not the target, and processes beside
+each other disturb each other's times.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
 from latentedge.calibration.candidates import candidate
+from latentedge.calibration.capture import drop_others
 from latentedge.calibration.latency import in_turns, saved
 from latentedge.calibration.metrics import sqnr
-from latentedge.calibration.pictures import Drawn, differences, draw, summary
+from latentedge.calibration.pictures import differences, summary
 from latentedge.calibration.placement import SHORTCUTS
-from latentedge.calibration.plan import FLOAT, INT8, BlockPlan, Plan
+from latentedge.calibration.plan import FLOAT, INT8, BlockPlan, Plan, write_atomically
 from latentedge.calibration.quantise import Evidence
 from latentedge.calibration.records import Probe
+from latentedge.calibration.requests import requests
+from latentedge.calibration.scene import Scene, Studio, Target
+from latentedge.calibration.sharding import Mapper, one_by_one
+from latentedge.calibration.stored import digest_of, relative_folder, restore, store
 from latentedge.runtime.bundle import Bundle
-from latentedge.runtime.engines import Engine, EngineOptions, open_engine
-from latentedge.runtime.pipeline import Pipeline
+from latentedge.runtime.engines import Engine, open_engine
 
 Progress = Callable[[str, int, int], None]
 
@@ -33,92 +44,113 @@ HARMLESS_DB = 10.0
 
 
 @dataclass(frozen=True)
-class Target:
-    """The engine that the plan is made for, and where it is measured.
-
-    ``precision`` names the int8 graph there ("int8", "int8+bf16"), ``alternative`` the float precision to beat.
-    ``timed``: whether this machine is the target; otherwise gains are unknown and errors come from another engine.
-    """
-
-    backend: str
-    precision: str
-    alternative: str
-    options: EngineOptions
-    timed: bool = True
-    seconds: float = 4.0
-
-
-@dataclass(frozen=True)
 class Material:
     """What candidates are judged by: probes, and pictures of the fp32 model for requests that calibration saw."""
 
     bundle: Bundle
-    studio: Studio
     evidence: Evidence
     probes: list[Probe]
-    requests: Sequence[dict[str, Any]]
-    reference: Drawn
+    scene: Scene
 
 
-def measure_blocks(plan: Plan, material: Material, target: Target, progress: Progress) -> Plan:
+@dataclass(frozen=True)
+class BlockSettings:
+    """What a block's error follows from; ``folder`` holds the plan and the evidence."""
+
+    bundle: str
+    folder: str
+    target: Target
+    steps: int | None = None
+    prompts: tuple[str, ...] = ()
+
+
+def measure_blocks(
+    plan: Plan,
+    material: Material,
+    target: Target,
+    progress: Progress,
+    mapper: Mapper = one_by_one,
+    steps: int | None = None,
+    prompts: tuple[str, ...] = (),
+) -> Plan:
     """The plan with every block's error and gain, measured with only that block in INT8."""
-    with ExitStack() as stack:
-        floats = stack.enter_context(_engine(material.bundle, plan.component, target, target.alternative))
-        blocks = []
-        for index, block in enumerate(plan.blocks):
-            progress("blocks", index, len(plan.blocks))
-            alone = plan.with_blocks(frozenset({block.name}))
-            blocks.append(_measured(block, alone, material, target, floats))
-        progress("blocks", len(plan.blocks), len(plan.blocks))
-    return dataclasses.replace(plan, blocks=tuple(blocks))
+    digest = digest_of(plan, material.evidence, material.probes, target, steps, prompts)
+    folder = material.bundle.path / relative_sensitivity(plan.component) / digest[:16]
+    drop_others(folder)
+    store(folder, plan, material.evidence, material.probes)
+    settings = BlockSettings(str(material.bundle.path), str(folder), target, steps, prompts)
+    total = len(plan.blocks) * (2 if target.timed else 1)
+    files = [folder / f"block-{index:03d}.json" for index in range(len(plan.blocks))]
+    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    done = len(files) - len(missing)
+    for index, error in mapper(block_error, settings, missing):
+        write_atomically(files[index], json.dumps(error).encode())
+        done += 1
+        progress("blocks", done, total)
+    blocks = []
+    for block, file in zip(plan.blocks, files, strict=True):
+        sqnr_db, psnr_db = json.loads(file.read_text())
+        blocks.append(dataclasses.replace(block, sqnr_db=sqnr_db, psnr_db=psnr_db))
+    plan = dataclasses.replace(plan, blocks=tuple(blocks))
+    return _with_gains(plan, material, target, lambda count: progress("blocks", done + count, total))
 
 
-def _measured(block: BlockPlan, alone: Plan, material: Material, target: Target, floats: Engine) -> BlockPlan:
+def relative_sensitivity(component: str) -> str:
+    """Where the errors of blocks are kept until calibration is done."""
+    return f"{relative_folder(component)}/sensitivity"
+
+
+def block_error(settings: BlockSettings, index: int) -> tuple[float, float]:
+    """SQNR of the output over the probes and PSNR of a picture, in dB, with only block ``index`` in INT8."""
+    plan, material = _opened(settings)
+    alone = plan.with_blocks(frozenset({plan.blocks[index].name}))
     with (
         candidate(material.bundle, alone, material.evidence) as bundle,
-        _engine(bundle, alone.component, target, target.precision) as engine,
+        _engine(bundle, alone.component, settings.target, settings.target.precision) as engine,
     ):
-        gain: tuple[float | None, float | None] = (None, None)
-        if target.timed:
-            times = in_turns({"float": floats, "int8": engine}, material.probes[0].inputs, target.seconds / 4)
-            gain = saved(times["float"], times["int8"])
-        error = probe_sqnr(engine, material.probes)
-        # One request, because it is drawn for each block; the plan's own pictures are drawn in full.
-        drawn = material.studio.with_denoiser(engine, material.requests[:1])
-        reference = Drawn(material.reference.pictures[:1], [array[:1] for array in material.reference.latents])
-        psnr_db, _ = summary(differences(reference, drawn))
-    return dataclasses.replace(
-        block, sqnr_db=float(np.mean(error)), psnr_db=psnr_db, seconds_saved=gain[0], seconds_error=gain[1]
-    )
+        error = float(np.mean(probe_sqnr(engine, material.probes)))
+        drawn = material.scene.drawn(engine)
+    psnr_db, _ = summary(differences(material.scene.reference, drawn))
+    return error, psnr_db
+
+
+@lru_cache(maxsize=1)
+def _opened(settings: BlockSettings) -> tuple[Plan, Material]:
+    """Plan and material as they are stored; one picture, because it is drawn for each block."""
+    bundle = Bundle.open(settings.bundle)
+    folder = Path(settings.folder)
+    plan = Plan.load(folder / "plan.json")
+    evidence, probes = restore(folder)
+    studio = Studio(bundle, settings.target)
+    scene = Scene.of(studio, plan.component, requests(bundle, 1, settings.steps, settings.prompts))
+    return plan, Material(bundle, evidence, probes, scene)
+
+
+def _with_gains(plan: Plan, material: Material, target: Target, progress: Callable[[int], None]) -> Plan:
+    """The plan with the seconds that each block saves alone, in turns with the float graph."""
+    if not target.timed:
+        return plan
+    blocks = []
+    with _engine(material.bundle, plan.component, target, target.alternative) as floats:
+        for number, block in enumerate(plan.blocks):
+            alone = plan.with_blocks(frozenset({block.name}))
+            with (
+                candidate(material.bundle, alone, material.evidence) as bundle,
+                _engine(bundle, plan.component, target, target.precision) as engine,
+            ):
+                times = in_turns({"float": floats, "int8": engine}, material.probes[0].inputs, target.seconds / 4)
+            gain, error = saved(times["float"], times["int8"])
+            blocks.append(dataclasses.replace(block, seconds_saved=gain, seconds_error=error))
+            progress(number + 1)
+    return dataclasses.replace(plan, blocks=tuple(blocks))
 
 
 def _engine(bundle: Bundle, component: str, target: Target, precision: str) -> Engine:
     return open_engine(bundle, component, target.backend, precision, target.options)
 
 
-class Studio(Pipeline):
-    """A pipeline whose denoiser is a given engine: the other networks are loaded once for all candidates."""
-
-    def __init__(self, bundle: Bundle, target: Target, precision: str = "fp32") -> None:
-        super().__init__(bundle, target.backend, precision, target.options)
-        self.denoiser: Engine | None = None
-
-    def __enter__(self) -> Studio:
-        return self
-
-    def engine(self, component: str) -> Engine:
-        """The borrowed engine for its component; for the others what the pipeline's precision means for them."""
-        borrowed = self.denoiser
-        return borrowed if borrowed is not None and component == borrowed.component.name else super().engine(component)
-
-    def with_denoiser(self, engine: Engine | None, requests: Sequence[dict[str, Any]]) -> Drawn:
-        """Draw with ``engine`` as the denoiser; ``None`` is the bundle's own in fp32."""
-        self.denoiser = engine
-        return draw(self, requests)
-
-
 def probe_sqnr(engine: Engine, probes: Sequence[Probe]) -> list[float]:
-    """SQNR of the denoiser's output in dB for each probe."""
+    """SQNR of the network's output in dB for each probe."""
     output = engine.component.outputs[0].name
     return [sqnr(probe.output, engine.run(probe.inputs)[output]) for probe in probes]
 
@@ -127,15 +159,23 @@ def choose_blocks(plan: Plan, material: Material, target: Target, progress: Prog
     """The fastest set of blocks above the floor.
 
     Two sets compete: without the blocks that measured slower alone, and with them, because an INT8 block between two
-    others saves conversions that it needs alone; the faster one in the same rounds wins. Where no set holds the floor
-    every block becomes INT8, and the gate refuses it with the figure.
+    others saves conversions that it needs alone; the faster one in the same rounds wins. Where neither holds the floor,
+    blocks are taken by their error alone. Where no set holds it every block becomes INT8, and the gate refuses it with
+    the figure.
     """
     harmful = {block.name: why for block in plan.blocks if (why := _harm(block, plan.floor_db)) is not None}
     slow = {block.name for block in plan.blocks if _is_slower(block)}
     usable = [block for block in plan.blocks if block.name not in harmful]
+    usable = [block for block in usable if block.psnr_db is None or block.psnr_db >= plan.floor_db]
     sets: list[frozenset[str]] = []
-    for blocks in ([block for block in usable if block.name not in slow], usable):
-        held = _longest(plan, blocks, material, target, progress)
+    for blocks, cost in (
+        ([block for block in usable if block.name not in slow], _cost),
+        (usable, _cost),
+        (usable, _noise),
+    ):
+        if cost is _noise and sets:
+            break
+        held = _longest(plan, sorted(blocks, key=cost), material, target, progress)
         sets += [held] if held and held not in sets else []
     if not sets:
         reason = f"no plan holds {plan.floor_db:g} dB; the gate refuses this one"
@@ -149,8 +189,8 @@ def choose_blocks(plan: Plan, material: Material, target: Target, progress: Prog
 def _longest(
     plan: Plan, blocks: Sequence[BlockPlan], material: Material, target: Target, progress: Progress
 ) -> frozenset[str]:
-    """The longest beginning of ``blocks``, cheapest first, whose pictures hold the floor; found by bisection."""
-    order = [block.name for block in sorted(blocks, key=_cost)]
+    """The longest beginning of ``blocks`` whose pictures hold the floor, found by bisection."""
+    order = [block.name for block in blocks]
     low, high, attempt = 0, len(order), 0
     while low < high:
         # All of them first: most models hold the floor with every block in INT8.
@@ -205,10 +245,15 @@ def _is_slower(block: BlockPlan) -> bool:
 
 def _cost(block: BlockPlan) -> float:
     """Noise power for each second saved; a block whose gain was not measured counts by its noise alone."""
-    noise = 10 ** (-(block.sqnr_db if block.sqnr_db is not None else 0.0) / 10)
+    noise = _noise(block)
     if block.seconds_saved is None or block.seconds_error is None:
         return noise
     return float(noise / max(block.seconds_saved, block.seconds_error, 1e-6))
+
+
+def _noise(block: BlockPlan) -> float:
+    """Power of a block's error against that of the output."""
+    return float(10 ** (-(block.sqnr_db if block.sqnr_db is not None else 0.0) / 10))
 
 
 def _holds(quality: tuple[float, float], floor: float) -> bool:
@@ -221,5 +266,5 @@ def _picture_quality(plan: Plan, material: Material, target: Target) -> tuple[fl
         candidate(material.bundle, plan, material.evidence) as bundle,
         _engine(bundle, plan.component, target, target.precision) as engine,
     ):
-        drawn = material.studio.with_denoiser(engine, material.requests)
-    return summary(differences(material.reference, drawn))
+        drawn = material.scene.drawn(engine)
+    return summary(differences(material.scene.reference, drawn))

@@ -1,37 +1,48 @@
-"""Takes calibration samples in several processes, or on a Ray cluster; the statistics are the same in either case."""
+"""Runs independent pieces of calibration here, or on a Ray cluster; the results are the same in either case.
+
+A piece is a pure function of its settings and its index: a sample of the trajectory, or a block's error alone.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
-from latentedge.calibration.capture import CaptureSettings, Mapper, one_by_one, take_sample
-from latentedge.runtime.errors import MissingDependencyError
+from latentedge.runtime.errors import EngineError, LatentEdgeError, MissingDependencyError
+
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+
+#: The address that starts a cluster of this machine's cores.
+LOCAL = "local"
+CONNECT_SECONDS = 10.0
 
 
-def mapper_of(workers: int, address: str | None) -> Mapper:
-    """How samples are taken: here, in ``workers`` processes, or by the Ray cluster at ``address``."""
-    if address is not None:
-        return on_ray(address)
-    return one_by_one if workers == 1 else in_processes(workers)
+class Mapper(Protocol):
+    """Runs ``function(settings, index)`` for several indexes and gives (index, result) as they are done."""
+
+    def __call__(
+        self, function: Callable[[Settings, int], Result], settings: Settings, indexes: list[int]
+    ) -> Iterator[tuple[int, Result]]:
+        """``settings`` and results must be picklable; the order of the results is not that of the indexes."""
 
 
-def in_processes(workers: int) -> Mapper:
-    """Samples in ``workers`` fresh processes: engine libraries do not survive a fork."""
+def one_by_one(
+    function: Callable[[Settings, int], Result], settings: Settings, indexes: list[int]
+) -> Iterator[tuple[int, Result]]:
+    """Every piece in this process."""
+    for index in indexes:
+        yield index, function(settings, index)
 
-    def run(settings: CaptureSettings, indexes: list[int]) -> Iterator[tuple[int, bytes]]:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(indexes) or 1), mp_context=context) as pool:
-            futures = {pool.submit(take_sample, settings, index): index for index in indexes}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
 
-    return run
+def mapper_of(address: str | None) -> Mapper:
+    """Here, or by the Ray cluster at ``address`` ("local" starts one on this machine)."""
+    return one_by_one if address is None else on_ray(address)
 
 
 def on_ray(address: str) -> Mapper:
-    """Samples on the Ray cluster at ``address`` ("local" starts one here); every node reads the bundle at its path."""
+    """The Ray cluster at ``address`` ("local" starts one here); every node reads the bundle at its path."""
     try:
         import ray
     except ImportError as error:
@@ -39,16 +50,46 @@ def on_ray(address: str) -> Mapper:
             "--ray needs the Python package ray, which is not installed.", hint="pip install 'latentedge[ray]'"
         ) from error
 
-    def run(settings: CaptureSettings, indexes: list[int]) -> Iterator[tuple[int, bytes]]:
-        ray.init(address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False)
+    def run(
+        function: Callable[[Settings, int], Result], settings: Settings, indexes: list[int]
+    ) -> Iterator[tuple[int, Result]]:
+        if not indexes:
+            return
+        _connect(ray, address)
         try:
-            remote = ray.remote(take_sample)
+            remote: Any = ray.remote(function)
             running = {remote.remote(settings, index): index for index in indexes}
             while running:
                 done, _ = ray.wait(list(running))
                 for reference in done:
-                    yield running.pop(reference), ray.get(reference)
+                    yield running.pop(reference), _result(ray, reference)
         finally:
             ray.shutdown()
 
     return run
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect, or start a cluster of this machine's cores; :class:`EngineError` where nothing answers at the address."""
+    try:
+        if ":" in address:
+            # Ray itself waits for many minutes.
+            host, port = address.rpartition("//")[2].rsplit(":", 1)
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        dashboard = {"include_dashboard": False} if address == LOCAL else {}
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, **dashboard)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EngineError(
+            f"there is no Ray cluster at {address!r}: {error}",
+            hint="start one with `ray start --head`, or pass --ray local",
+        ) from error
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    """A piece's result; an error of this project as it was raised on the node."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LatentEdgeError):
+            raise error.cause from error
+        raise

@@ -122,11 +122,17 @@ def denoiser(seed: int = 0, outlier: float = 1.0) -> Any:
     return _model(b, {"sample": ["batch", 4, "h", "w"], "timestep": ["batch"]}, "out_sample")
 
 
-def decoder() -> Any:
-    """``latent_sample`` to a picture of the same size."""
+def decoder(width: int = 0) -> Any:
+    """``latent_sample`` to a picture of the same size; with ``width`` through a residual block of that many channels."""
     b = Builder(1)
-    hidden = b.conv("decoder.conv", "latent_sample", 4, 3)
-    b.node("Tanh", [hidden], "sample")
+    hidden, channels = "latent_sample", 4
+    if width:
+        first = b.conv("decoder.conv_in", hidden, channels, width)
+        inner = b.conv("decoder.mid.0.conv1", b.norm_silu("decoder.mid.0.norm1", first, width), width, width)
+        inner = b.conv("decoder.mid.0.conv2", b.norm_silu("decoder.mid.0.norm2", inner, width), width, width)
+        hidden = b.norm_silu("decoder.norm_out", b.node("Add", [first, inner], "decoder.sum"), width)
+        channels = width
+    b.node("Tanh", [b.conv("decoder.conv", hidden, channels, 3)], "sample")
     return _model(b, {"latent_sample": ["batch", 4, "h", "w"]}, "sample")
 
 
@@ -138,7 +144,7 @@ def _model(b: Builder, inputs: dict[str, list[Any]], output: str) -> Any:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def write_bundle(folder: Path, seed: int = 0, outlier: float = 1.0, **changes: Any) -> Bundle:
+def write_bundle(folder: Path, seed: int = 0, outlier: float = 1.0, decoder_width: int = 0, **changes: Any) -> Bundle:
     """An unconditional bundle of the two networks."""
     axes = {"batch": Axis(1, 1, 4), "latent_height": Axis(2, SIZE, 64), "latent_width": Axis(2, SIZE, 64)}
     latent = ("batch", 4, "latent_height", "latent_width")
@@ -153,7 +159,7 @@ def write_bundle(folder: Path, seed: int = 0, outlier: float = 1.0, **changes: A
         ),
         (
             "vae_decoder",
-            decoder(),
+            decoder(decoder_width),
             (TensorSpec("latent_sample", "float32", latent),),
             TensorSpec("sample", "float32", picture),
         ),

@@ -14,7 +14,6 @@ from latentedge.calibration.capture import CaptureSettings, capture, open_observ
 from latentedge.calibration.observers import TensorStatistics, merge_all
 from latentedge.calibration.records import pack, unpack
 from latentedge.calibration.requests import requests
-from latentedge.calibration.sharding import in_processes
 from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.errors import LatentEdgeError
 from latentedge.runtime.pipeline import Pipeline
@@ -56,14 +55,6 @@ def test_sharded_statistics_equal_one_run(bundle: Bundle) -> None:
     whole, _ = capture(settings, bundle.path / "one")
     parts = [unpack(take_sample(settings, index))[0] for index in (3, 1, 0, 2)]
     assert as_bytes(merge_all(parts)) == as_bytes(whole)
-
-
-@pytest.mark.slow
-def test_processes_give_the_same_statistics(bundle: Bundle) -> None:
-    settings = settings_of(bundle, samples=4)
-    whole, _ = capture(settings, bundle.path / "one")
-    sharded, _ = capture(settings, bundle.path / "two", in_processes(2))
-    assert as_bytes(sharded) == as_bytes(whole)
 
 
 RUN = """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentedge.calibration.correct import fit, fit_if_better
-from latentedge.calibration.gate import holds, latency_records
+from latentedge.calibration.gate import REFERENCE, Race, holds
 from latentedge.calibration.latency import ratio, saved
 from latentedge.calibration.metrics import frechet_distance, latent_features, psnr, sqnr, ssim
 from latentedge.runtime.correction import Correction
@@ -103,15 +103,31 @@ def test_ratio_and_its_lower_bound() -> None:
 
 def test_int8_must_beat_the_fastest_float_precision_that_is_good_enough() -> None:
     seconds = {"fp32": times(4.0, 0), "bf16": times(2.0, 1), "int8": times(2.5, 2), "int8+bf16": times(1.5, 3)}
-    records = latency_records(seconds, "openvino", {"bf16": True})
+    records = Race("openvino", {"bf16": True}).records(seconds)
     assert records["int8"]["alternative"] == "bf16"
     assert records["int8"]["ratio"] > 1.4
     assert records["int8"]["ratio_low"] < 1
     assert records["int8+bf16"]["ratio_low"] > 1.2
     # Where bf16's pictures are not good enough, fp32 is what has to be beaten.
-    records = latency_records(seconds, "openvino", {"bf16": False})
+    records = Race("openvino", {"bf16": False}).records(seconds)
     assert records["int8"]["alternative"] == "fp32"
     assert records["int8"]["ratio_low"] > 1.4
+
+
+def test_what_the_noise_hides_is_undecided_and_is_not_chosen() -> None:
+    seconds = {"fp32": times(4.0, 0), "bf16": times(2.0, 1), "int8": times(2.0, 2), REFERENCE: times(5.0, 4)}
+    race = Race("openvino", {"bf16": True, "int8": True})
+    record = race.records(seconds)["int8"]
+    assert record["verdict"] == "undecided"
+    assert record["ratio_low"] < 1 < record["ratio_high"]
+    assert record["ratio"] == pytest.approx(2.5, rel=0.05)
+    assert not race.decided(seconds)
+    assert race.records(seconds)["bf16"]["verdict"] == "faster"
+    # Below the floor it cannot be chosen, so nothing has to be decided.
+    assert Race("openvino", {"bf16": True, "int8": False}).decided(seconds)
+    assert race.decided({**seconds, "int8": times(1.0, 5)})
+    slower = race.records({**seconds, "int8": times(3.0, 5)})["int8"]
+    assert (slower["verdict"], slower["ratio_high"] < 1) == ("slower", True)
 
 
 def test_both_floors_count() -> None:

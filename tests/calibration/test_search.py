@@ -12,8 +12,9 @@ from latentedge.calibration.capture import CaptureSettings, capture, open_observ
 from latentedge.calibration.graph import load_graph, name_nodes
 from latentedge.calibration.plan import BlockPlan, Plan
 from latentedge.calibration.requests import captions, requests, vocabulary
+from latentedge.calibration.scene import Target
 from latentedge.calibration.search import Search, SearchResult, SearchSettings, channel_correction
-from latentedge.calibration.sensitivity import Target, choose_blocks
+from latentedge.calibration.sensitivity import choose_blocks
 from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.engines import EngineOptions
 from latentedge.runtime.errors import UsageError

@@ -25,7 +25,9 @@ from latentedge.runtime.errors import UsageError
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file; a plot is written beside it.")
 @click.option("--compare", type=click.Path(path_type=Path), help="An older JSON file to compare with.")
 @click.option("--estimate", metavar="DEVICE", help="Predict instead of measuring: orin-nano, orin-nx, agx-orin, thor.")
-@click.option("--record", is_flag=True, help="Write what was measured into the bundle, for --backend auto.")
+@click.option("--memory", is_flag=True, help="Peaks of memory instead, for `generate --memory-limit`.")
+@click.option("--step-caching", is_flag=True, help="Intervals of step caching instead, for `generate --auto-quality`.")
+@click.option("--record", is_flag=True, help="Write what was measured into the bundle, for `generate` to choose by.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report to stdout as JSON.")
 def bench(bundle: Path, estimate: str | None, **options: Any) -> None:
     """Measure a bundle on this machine: time, memory, energy, by backend and precision.
@@ -36,6 +38,9 @@ def bench(bundle: Path, estimate: str | None, **options: Any) -> None:
     size = parse_size(options["size"])
     if estimate is not None:
         _estimate(opened, estimate, size, options)
+        return
+    if options["memory"] or options["step_caching"]:
+        _tradeoffs(opened, size, options)
         return
     _measure(opened, size, options)
 
@@ -67,6 +72,35 @@ def _estimate(bundle: Bundle, device: str, size: tuple[int, int] | None, options
             f"of {row['steps']} steps ({parts}), {row['memory_bytes'] / 2**30:.1f} GiB, which {fits}"
         )
     click.echo(f"figures: {rows[0]['source']}; {rows[0]['efficiency']:.0%} of them are assumed to be reached", err=True)
+
+
+def _tradeoffs(bundle: Bundle, size: tuple[int, int] | None, options: dict[str, Any]) -> None:
+    """What less memory costs, or step caching: a line each on stderr, JSON on stdout or in a file."""
+    from latentedge.benchmarks.bench import settings_of
+    from latentedge.benchmarks.tradeoffs import keep, measure_memory, measure_step_caching
+    from latentedge.runtime.engines.settings import listed_backends
+
+    if options["memory"] and options["step_caching"]:
+        raise UsageError("--memory and --step-caching measure different things; give one of them.")
+    settings = settings_of(bundle, listed_backends(options["backend"]), options["precision"].split(","))
+    request: dict[str, Any] = {} if options["steps"] is None else {"steps": options["steps"]}
+    request |= {} if size is None else {"height": size[0], "width": size[1]}
+    threads = {} if options["threads"] is None else {"threads": options["threads"]}
+
+    def notify(line: str) -> None:
+        click.echo(line, err=True)
+
+    if options["memory"]:
+        kind, rows = "memory", measure_memory(bundle, settings, request, threads, notify)
+    else:
+        rows = measure_step_caching(bundle, settings, request, threads, options["rounds"], notify)
+        kind = "step-caching"
+    if options["record"]:
+        keep(bundle, kind, rows)
+    if options["output"] is not None:
+        options["output"].write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if options["as_json"]:
+        click.echo(json.dumps(rows))
 
 
 def _measure(bundle: Bundle, size: tuple[int, int] | None, options: dict[str, Any]) -> None:

@@ -21,7 +21,18 @@ SEEDS = (0, 1, 2, 3)
 FLOOR_DB = 30.0
 
 #: What makes a newer record of the same thing replace an older one.
-IDENTITY = ("kind", "backend", "precision", "machine", "library")
+IDENTITY = (
+    "kind",
+    "backend",
+    "precision",
+    "machine",
+    "library",
+    "low_memory",
+    "tile",
+    "height",
+    "width",
+    "interval",
+)
 
 
 def record(bundle: Bundle, report: Mapping[str, Any], notify: Callable[[str], None]) -> None:

@@ -92,9 +92,9 @@ class Worker:
             "steps": list(result.timings["steps"]),
         }
 
-    def save_picture(self, path: str) -> dict[str, Any]:
-        """Draw a picture and save its array, float32 [N, H, W, 3], to ``path``."""
-        np.save(path, self._draw(self._loaded()).array)
+    def save_picture(self, path: str, seed: int | None = None) -> dict[str, Any]:
+        """Draw a picture, with another seed where one is given, and save its array, float32 [N, H, W, 3], to ``path``."""
+        np.save(path, self._draw(self._loaded(), seed).array)
         return {"path": path}
 
     def component(self, name: str, runs: int) -> dict[str, Any]:
@@ -127,8 +127,8 @@ class Worker:
         if self._pipe is not None:
             self._pipe.close()
 
-    def _draw(self, pipe: Pipeline) -> Any:
-        request = dict(self._request)
+    def _draw(self, pipe: Pipeline, seed: int | None = None) -> Any:
+        request = {**self._request, **({} if seed is None else {"seed": seed})}
         prompt = request.pop("prompt", None)
         return pipe.generate(prompt, **_arrays(request))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import click
 
 from latentedge.export.builders import BUILDERS, BuildRequest, BuildRow, Range, builder_of
 from latentedge.runtime.bundle import Bundle
-from latentedge.runtime.errors import EngineError, UsageError
+from latentedge.runtime.errors import EngineError
+from latentedge.runtime.tradeoffs import parse_bytes
 
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _PLANS = ("version-compatible", "stripped", "step-caching")
 
 
@@ -77,16 +76,6 @@ def parse_size(text: str) -> tuple[Range, Range]:
     """Height and width from ``"512"``, ``"256..768"`` (both sides) or ``"768x512"`` (width x height)."""
     width, _, height = text.partition("x")
     return Range.parse(height or width), Range.parse(width)
-
-
-def parse_bytes(text: str | None) -> int | None:
-    """``"1GiB"``, ``"512MiB"`` or a number of bytes; :class:`UsageError` for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)?", text)
-    if match is None or not float(match[1]):
-        raise UsageError(f"expected a size such as 1GiB or 512MiB, found {text!r}.")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def row_json(row: BuildRow) -> dict[str, Any]:

@@ -118,6 +118,8 @@ def preview_from(text: str) -> tuple[Path, int]:
 @click.option(
     "--cache-interval", type=click.IntRange(1), default=1, help="Compute deep blocks in every n-th step (step caching)."
 )
+@click.option("--memory-limit", metavar="SIZE", help="Choose what was measured to fit, say 2GiB; tells what it costs.")
+@click.option("--auto-quality", metavar="DB", type=float, help="Choose step caching measured at this PSNR or better.")
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds and timings as JSON.")
 def generate(
     bundle: Path,
@@ -133,12 +135,15 @@ def generate(
     precision: str,
     low_memory: bool,
     cache_interval: int,
+    memory_limit: str | None,
+    auto_quality: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Draw pictures from BUNDLE, steered by PROMPT or by what the model takes."""
     from latentedge.runtime.engines import EngineOptions
     from latentedge.runtime.pipeline import Pipeline
+    from latentedge.runtime.tradeoffs import Wishes, in_words, parse_bytes, peak_memory, settle
 
     if output is None and sheet is None:
         raise UsageError("no output: give -o PICTURE.png, or --sheet SHEET.png.")
@@ -156,12 +161,22 @@ def generate(
         requests = [_replayed(recorded, options)]
     else:
         requests = _requests(prompt, prompts, seed, options)
-    engine_options = EngineOptions(low_memory=low_memory, cache_interval=cache_interval)
+    wishes = Wishes(parse_bytes(memory_limit), auto_quality)
+    (backend, precision), engine_options = settle(
+        bundle,
+        (backend, precision),
+        EngineOptions(low_memory=low_memory, cache_interval=cache_interval),
+        wishes,
+        requests,
+        lambda line: click.echo(line, err=True),
+    )
     with Pipeline.open(bundle, backend, precision, options=engine_options) as pipeline:
         if recorded and recorded.get("bundle") != pipeline.digest():
             click.echo(f"warning: {replay} was drawn from another bundle than {bundle}", err=True)
         shower = None if preview is None else Shower(pipeline, *preview_from(preview))
         drawn = list(_draw(pipeline, requests, output, shower))
+    if wishes.memory_limit is not None and (peak := peak_memory()) is not None:
+        click.echo(f"peak of memory: {in_words(peak)} of {in_words(wishes.memory_limit)}", err=True)
     if sheet is not None:
         captions = [str(entry["request"].get("prompt", entry["request"]["seed"])) for entry in drawn]
         contact_sheet([entry.pop("picture") for entry in drawn], captions).save(sheet)

@@ -33,6 +33,7 @@ COMMAND_MODULES = (
     "inspect.py",
     "picture_files.py",
     "sections.py",
+    "tradeoffs.py",
     "verify.py",
 )
 

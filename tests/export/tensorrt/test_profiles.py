@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from latentedge.export.build_commands import parse_bytes, parse_size
+from latentedge.export.build_commands import parse_size
 from latentedge.export.builders import BuildRequest, Range
 from latentedge.export.tensorrt.profiles import engine_axes
 from latentedge.runtime.bundle import Axis, Bundle, Component, Defaults, TensorSpec
 from latentedge.runtime.errors import UsageError
+from latentedge.runtime.tradeoffs import parse_bytes
 from tests.tiny_bundles import manifest_of
 
 AXES = {"batch": Axis(1, 2, 16), "latent_height": Axis(8, 64, 128, 8), "latent_width": Axis(8, 64, 128, 8)}

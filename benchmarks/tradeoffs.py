@@ -1,0 +1,177 @@
+"""What less memory costs in time, and what step caching costs in quality: measured, for ``generate`` to choose from.
+
+``latentedge bench --memory`` and ``latentedge bench --step-caching``; with ``--record`` the manifest keeps the result.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentedge.benchmarks.processes import MeasuredProcess
+from latentedge.benchmarks.records import SEEDS, psnr_db, with_record
+from latentedge.benchmarks.statistics import Times, compare_rounds
+from latentedge.export.bundle_writer import write_manifest
+from latentedge.runtime.bundle import Array, Bundle, Manifest
+from latentedge.runtime.engines.hoisted import DENOISER, SHALLOW, part_name
+from latentedge.runtime.errors import EngineError, LatentEdgeError, UsageError
+from latentedge.runtime.machine import machine_fingerprint
+from latentedge.runtime.selection import library_version
+
+#: Intervals that step caching is measured with.
+INTERVALS = (2, 3, 4, 5)
+
+Setting = tuple[str, str]
+Notify = Callable[[str], None]
+
+
+def ladder(manifest: Manifest, size: tuple[int, int]) -> list[tuple[bool, int | None]]:
+    """Combinations of (low memory, tile) from what needs most to what needs least, for pictures of ``size``."""
+    steps: list[tuple[bool, int | None]] = [(False, None), (True, None)]
+    decoder = manifest.components.get("vae_decoder")
+    axis = None if decoder is None else decoder.axes.get("latent_height")
+    longest = max(size) // manifest.latent.downscale
+    for parts in (2, 4):
+        if axis is not None:
+            tile = longest // parts // axis.multiple * axis.multiple
+            if tile >= max(axis.min, 8):
+                steps.append((True, tile))
+    return steps
+
+
+def measure_memory(
+    bundle: Bundle, settings: Sequence[Setting], request: Mapping[str, Any], options: Mapping[str, Any], notify: Notify
+) -> list[dict[str, Any]]:
+    """Peak of memory, and seconds from opening the bundle to the first picture, of each setting and combination.
+
+    Each in a process of its own. A setting that this machine does not offer is reported to ``notify`` and left out;
+    :class:`EngineError` when none is left.
+    """
+    size = _size(bundle, request)
+    rows = []
+    for backend, precision in settings:
+        for low_memory, tile in ladder(bundle.manifest, size):
+            row = {"backend": backend, "precision": precision, "low_memory": low_memory, "tile": tile,
+                   "height": size[0], "width": size[1]}  # fmt: skip
+            asked = {**request, **({} if tile is None else {"tile": tile})}
+            with MeasuredProcess(f"{backend} {precision}") as process:
+                try:
+                    loaded = _load(process, bundle, backend, precision, asked, {**options, "low_memory": low_memory})
+                except EngineError as error:
+                    notify(f"{backend} {precision} was not measured: {error.message}")
+                    break
+                peak = process.ask("memory")["peak_rss"]
+            rows.append({**row, "peak_bytes": peak, "seconds": loaded["first_picture_seconds"]})
+            notify(describe_memory(rows[-1]))
+    if not rows:
+        raise EngineError("no setting could be measured.", hint="`latentedge doctor` shows what this machine offers")
+    return rows
+
+
+def measure_step_caching(
+    bundle: Bundle,
+    settings: Sequence[Setting],
+    request: Mapping[str, Any],
+    options: Mapping[str, Any],
+    rounds: int,
+    notify: Notify,
+) -> list[dict[str, Any]]:
+    """Speed and quality of each interval against the same setting without step caching.
+
+    Speed is that of whole pictures in turns; quality the PSNR of pictures of the same noise, mean and worst.
+    :class:`UsageError` where the bundle has no graphs for it.
+    """
+    if part_name(DENOISER, SHALLOW) not in bundle.manifest.components:
+        raise UsageError(
+            f"{bundle.path} has no graphs for step caching.",
+            hint=f"latentedge build {bundle.path} --backend {settings[0][0]} --plan step-caching",
+        )
+    rows = []
+    for backend, precision in settings:
+        with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+            plain = stack.enter_context(MeasuredProcess(f"{backend} {precision}"))
+            try:
+                _load(plain, bundle, backend, precision, request, options)
+            except LatentEdgeError as error:
+                notify(f"{backend} {precision} was not measured: {error.message}")
+                continue
+            reference = _pictures(plain, Path(folder))
+            for interval in INTERVALS:
+                with MeasuredProcess(f"{backend} {precision} interval {interval}") as cached:
+                    _load(cached, bundle, backend, precision, request, {**options, "cache_interval": interval})
+                    values = [psnr_db(*pair) for pair in zip(reference, _pictures(cached, Path(folder)), strict=True)]
+                    seconds = _in_turns(plain, cached, rounds)
+                ratio = compare_rounds(*seconds)
+                rows.append(
+                    {"backend": backend, "precision": precision, "interval": interval, "ratio": ratio.ratio,
+                     "ratio_low": ratio.low, "ratio_high": ratio.high, "seconds": Times.of(seconds[1]).p50,
+                     "psnr_db": float(np.mean(values)), "psnr_worst_db": float(np.min(values)),
+                     "pictures": len(values), "rounds": rounds}
+                )  # fmt: skip
+                notify(describe_step_caching(rows[-1]))
+    return rows
+
+
+def keep(bundle: Bundle, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows into the bundle's manifest as records of ``kind`` on this machine; none of a backend with settings."""
+    manifest = Bundle.open(bundle.path).manifest
+    for row in (row for row in rows if ":" not in row["backend"]):
+        where = {"machine": machine_fingerprint(), "library": library_version(row["backend"])}
+        manifest = with_record(manifest, row["precision"], {"kind": kind, **row, **where})
+    write_manifest(bundle.path, manifest)
+
+
+def describe_memory(row: Mapping[str, Any]) -> str:
+    """One line about a combination."""
+    how = "low memory" if row["low_memory"] else "all networks at once"
+    tile = "" if row["tile"] is None else f", tiles of {row['tile']}"
+    peak = f"{row['peak_bytes'] / 2**20:.0f} MiB"
+    return f"{row['backend']} {row['precision']}, {how}{tile}: {peak}, {row['seconds']:.2f} s to the first picture"
+
+
+def describe_step_caching(row: Mapping[str, Any]) -> str:
+    """One line about an interval."""
+    return (
+        f"{row['backend']} {row['precision']}, interval {row['interval']}: {row['ratio']:.2f} times as fast "
+        f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f}), {row['psnr_worst_db']:.1f} dB PSNR at worst"
+    )
+
+
+def _size(bundle: Bundle, request: Mapping[str, Any]) -> tuple[int, int]:
+    defaults = bundle.manifest.defaults
+    return int(request.get("height", defaults.height)), int(request.get("width", defaults.width))
+
+
+def _load(
+    process: MeasuredProcess, bundle: Bundle, backend: str, precision: str, request: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    return process.ask(
+        "load",
+        bundle=str(bundle.path),
+        backend=backend,
+        precision=precision,
+        request=dict(request),
+        options=dict(options),
+    )
+
+
+def _pictures(process: MeasuredProcess, folder: Path) -> list[Array]:
+    """A picture of each seed, float32 [N, H, W, 3] in 0..1."""
+    path = folder / "picture.npy"
+    return [np.load(process.ask("save_picture", path=str(path), seed=seed)["path"]) for seed in SEEDS]
+
+
+def _in_turns(plain: MeasuredProcess, cached: MeasuredProcess, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of a picture of each, by round; the order turns."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for index in range(rounds):
+        pair = [(seconds[0], plain), (seconds[1], cached)]
+        for times, process in pair if index % 2 == 0 else reversed(pair):
+            times.append(process.ask("picture")["seconds"])
+    return seconds

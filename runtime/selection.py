@@ -41,16 +41,26 @@ class Choice:
 def component_precision(component: Component, precision: str, backend: str | None = None) -> str:
     """The precision of one component where the denoiser runs in ``precision``.
 
-    A component that was not quantised runs in the type of the int8 graph's floats: named after the "+", fp16 with
-    TensorRT where the variant is there, and fp32 otherwise. The denoiser never runs in anything but ``precision``.
+    A component that was not quantised, or not measured faster and good enough here in INT8, runs in the type of the int8
+    graph's floats: named after the "+", fp16 with TensorRT where the variant is there, and fp32 otherwise. The denoiser
+    never runs in anything but ``precision``.
     """
-    if component.name == DENOISER or graph_precision(precision) in component.variants:
+    graph = graph_precision(precision)
+    if component.name == DENOISER or (graph in component.variants and graph != "int8"):
+        return precision
+    if graph in component.variants and backend is not None and _pays(component, backend, precision):
         return precision
     floats = precision.partition("+")[2]
     if floats and graph_precision(floats) in component.variants:
         return floats
     on_tensorrt = backend is not None and backend.startswith("tensorrt")
     return "fp16" if on_tensorrt and "fp16" in component.variants else "fp32"
+
+
+def _pays(component: Component, backend: str, precision: str) -> bool:
+    """Whether a precision was measured faster here than what it has to beat, and is good enough."""
+    record = latency_record(component, backend, precision, machine_fingerprint())
+    return record is not None and record["ratio_low"] > 1 and good_enough(component, backend, precision)
 
 
 def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto", *, measured_here: bool = True) -> Choice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,9 @@ def _recorded_files(bundle: Bundle) -> Iterator[tuple[str, str]]:
         for variant in component.variants.values():
             yield variant.path, variant.sha256
             yield from variant.external_data.items()
-        if "vectors" in component.parity:
-            yield component.parity["vectors"], component.parity["vectors_sha256"]
+        for record in (component.parity, *map(_own_parity, component.variants.values())):
+            if "vectors" in record:
+                yield record["vectors"], record["vectors_sha256"]
     for tokenizer in bundle.manifest.tokenizers.values():
         yield tokenizer.path, tokenizer.sha256
 
@@ -146,7 +147,7 @@ def _check_graph(
     try:
         with open_engine(bundle, component.name, backend[0], precision, backend[1]) as engine:
             yield Check("graph", subject, OK, f"opened by {backend[0]}")
-            vectors = _vectors(bundle, component, damaged)
+            vectors = _vectors(bundle, _own_parity(variant) or component.parity, damaged)
             if not vectors:
                 yield Check("parity", subject, SKIPPED, str(component.parity.get("note", "nothing was recorded")))
                 return
@@ -190,9 +191,14 @@ def floor_of(variant: Variant, precision: str) -> float | None:
     return FLOORS.get(precision)
 
 
-def _vectors(bundle: Bundle, component: Component, damaged: set[str]) -> list[Vector]:
-    """The recorded cases of a component; empty where none were recorded or their file is damaged."""
-    relative = component.parity.get("vectors")
+def _own_parity(variant: Variant) -> dict[str, Any]:
+    """A variant's parity record with cases of its own: a quantised graph's outputs as they were when it was written."""
+    return next((entry for entry in variant.measured if entry.get("kind") == "parity" and "vectors" in entry), {})
+
+
+def _vectors(bundle: Bundle, parity: Mapping[str, Any], damaged: set[str]) -> list[Vector]:
+    """The recorded cases of a parity record; empty where none were recorded or their file is damaged."""
+    relative = parity.get("vectors")
     if relative is None or relative in damaged:
         return []
     cases: dict[str, Vector] = {}

@@ -1,16 +1,19 @@
 """INT8 graphs of other tools beside ours: the same model, the same calibration inputs, the same pictures and engine.
 
-    python -m latentedge.benchmarks.int8_alternatives BUNDLE --samples 12 --steps 20 --pictures 8
+    python -m latentedge.benchmarks.int8_alternatives BUNDLE --model-optimizer FOLDER
 
-Every tool runs in a process of its own, so that its time and peak memory are its own. A tool that is not installed, or
-that fails, is a line on stderr and has no row. Ours observes the running sampler, and its time includes sampling; the
-other tools are given the recorded inputs of the same evaluations.
+Every tool runs in a process of its own on a copy of the model of its own, so that its time, its peak memory and what it
+writes are its own. A tool that is not installed, or that fails, is a line on stderr and has no row. Model Optimizer may
+be in a folder apart (``pip install --target FOLDER nvidia-modelopt[onnx]``), because it asks for other versions. Ours
+observes the running sampler, and its time includes sampling; the other tools are given the recorded inputs of the same
+evaluations.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -121,18 +124,24 @@ def work(tool: str, model: Path, inputs: Path, output: Path) -> dict[str, float]
     return clock.cost()
 
 
-def in_own_process(tool: str, model: Path, inputs: Path, output: Path) -> dict[str, float] | None:
-    """What :func:`work` gives, from a fresh process; ``None`` and a message where it fails."""
-    arguments = [
-        sys.executable,
-        "-m",
-        "latentedge.benchmarks.int8_alternatives",
-        "--work",
-        tool,
-        "--inputs",
-        str(inputs),
-    ]
-    done = subprocess.run([*arguments, "-o", str(output), str(model)], capture_output=True, text=True, check=False)
+def in_own_process(
+    tool: str, original: Path, inputs: Path, output: Path, folder: Path | None
+) -> dict[str, float] | None:
+    """What :func:`work` gives, from a fresh process on a copy of the model; ``None`` and a message where it fails.
+
+    ``folder``: where Model Optimizer is, when it is not installed beside the rest.
+    """
+    own = output.parent / f"{output.stem}-input"
+    own.mkdir()
+    for file in (original, *original.parent.glob(f"{original.name}.data")):
+        shutil.copy2(file, own / file.name)
+    command = [sys.executable, "-m", "latentedge.benchmarks.int8_alternatives", "--work", tool]
+    command += ["--inputs", str(inputs), "-o", str(output), str(own / original.name)]
+    environment = dict(os.environ)
+    if folder is not None and tool.startswith("Model Optimizer"):
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    shutil.rmtree(own)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         click.echo(f"{tool} failed: {done.stderr.strip().splitlines()[-1:]}", err=True)
@@ -149,6 +158,7 @@ def in_own_process(tool: str, model: Path, inputs: Path, output: Path) -> dict[s
 @click.option("--prompts", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 @click.option("--only", default="", help="Run only the tools whose row's name begins with this.")
+@click.option("--model-optimizer", type=click.Path(path_type=Path, exists=True), help="Folder that it is in.")
 @click.option("--work", "tool", hidden=True)
 @click.option("--inputs", type=click.Path(path_type=Path), hidden=True)
 def main(
@@ -159,6 +169,7 @@ def main(
     prompts: Path | None,
     output: Path | None,
     only: str,
+    model_optimizer: Path | None,
     tool: str | None,
     inputs: Path | None,
 ) -> None:
@@ -189,15 +200,11 @@ def main(
             f"{i}/{name}": array for i, entry in enumerate(recorded_inputs(setting)) for name, array in entry.items()
         }
         np.savez(recorded, **entries)  # type: ignore[arg-type]
-        # A copy, because Model Optimizer writes to the file that it is given.
         original = setting.bundle.variant("unet", "fp32")[0]
-        for file in (original, *original.parent.glob(f"{original.name}.data")):
-            shutil.copy2(file, scratch / file.name)
-        model = scratch / original.name
         chosen = {label: entry for label, entry in TOOLS.items() if label.startswith(only)}
         for number, (label, (_, ending, _)) in enumerate(chosen.items()):
             graph = scratch / f"tool{number}{ending}"
-            spent = in_own_process(label, model, recorded, graph)
+            spent = in_own_process(label, original, recorded, graph, model_optimizer)
             if spent is not None and graph.is_file():
                 rows.append(
                     dataclasses.replace(

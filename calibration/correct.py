@@ -49,7 +49,7 @@ def fit_if_better(
 
     ``None`` where that is not worthwhile, or where there are fewer than four outputs.
     """
-    if len(references) < 4 or not all(np.isfinite(output).all() for output in outputs):
+    if len(references) < 4 or not all(np.isfinite(output).all() for output in (*outputs, *references)):
         return None, 0.0
     record = fit(timesteps[0::2], references[0::2], outputs[0::2])
     correction = Correction(*(np.asarray(record[name], np.float64) for name in ("timesteps", "gain", "bias")))

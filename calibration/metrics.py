@@ -16,7 +16,7 @@ WINDOW, SIGMA = 11, 1.5
 
 def psnr(reference: Array, computed: Array) -> float:
     """Peak signal to noise ratio of pictures in 0..1, in dB, at most 100; values that are not finite give 0."""
-    if not np.isfinite(computed).all():
+    if not (np.isfinite(reference).all() and np.isfinite(computed).all()):
         return 0.0
     error = float(np.mean(np.square(reference.astype(np.float64) - computed)))
     return IDENTICAL_DB if error == 0 else float(min(IDENTICAL_DB, -10 * np.log10(error)))
@@ -24,7 +24,7 @@ def psnr(reference: Array, computed: Array) -> float:
 
 def sqnr(reference: Array, computed: Array) -> float:
     """Signal to quantisation noise ratio in dB, at most 100; values that are not finite give -100."""
-    if not np.isfinite(computed).all():
+    if not (np.isfinite(reference).all() and np.isfinite(computed).all()):
         return -IDENTICAL_DB
     power = float(np.mean(np.square(reference, dtype=np.float64)))
     error = float(np.mean(np.square(reference.astype(np.float64) - computed)))

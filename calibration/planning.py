@@ -133,7 +133,7 @@ def first_plan(
         if reason is None and layer.activation in broken:
             reason = f"its activation is {broken[layer.activation]}"
         if reason is None and layer.activation not in activations:
-            reason = "its activation was never seen"
+            reason = "no range fits: its output is not finite in fp32"
         if reason is None and needs_outputs(options) and layer.kind == "Conv":
             if output in broken:
                 reason = f"its output is {broken[output]}"

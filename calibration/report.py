@@ -110,7 +110,7 @@ def _tiles(comparison: Comparison) -> list[html.Tile]:
 
 
 def _case(comparison: Comparison, entry: Difference) -> str:
-    names = (*comparison.labels, f"difference × {AMPLIFIED}")
+    names = (*_short(comparison.labels), f"difference × {AMPLIFIED}")
     shown = [
         f'<div><img src="{html.inlined(html.png(Image.fromarray(picture)))}" alt="{html.text(name)}">'
         f'<div class="name">{html.text(name)}</div></div>'
@@ -119,6 +119,12 @@ def _case(comparison: Comparison, entry: Difference) -> str:
     label = html.text(caption(comparison.requests[entry.index]))
     figures = f"<b>{entry.psnr_db:.1f} dB</b> <small>SSIM {entry.ssim:.3f}</small>"
     return f'<figure class="case"><figcaption>{figures}<br>{label}</figcaption>{"".join(shown)}</figure>'
+
+
+def _short(labels: tuple[str, str]) -> tuple[str, str]:
+    """The labels without the bundle's name where both have the same one."""
+    (one, first), (two, second) = (label.split(" ", 1) for label in labels)
+    return (first, second) if one == two else labels
 
 
 def plots(comparison: Comparison) -> bytes:

@@ -79,7 +79,8 @@ class Search:
         unusable: Iterable[str],
         progress: Callable[[int, int], None] | None = None,
     ) -> SearchResult:
-        """Settings for every activation that a quantisable layer reads, except the ``unusable`` ones.
+        """Settings for every activation that a quantisable layer reads, except the ``unusable`` ones and those whose layers
+        give values that are not finite.
 
         ``fetched`` holds the activations of each probe by tensor name.
         """
@@ -92,7 +93,8 @@ class Search:
         ]
         for index, (tensor, group) in enumerate(wanted):
             self._activation(tensor, group, [probe[tensor] for probe in fetched], result)
-            self._splits(group, fetched, excluded, result)
+            if tensor in result.activations:
+                self._splits(group, fetched, excluded, result)
             if progress is not None:
                 progress(index + 1, len(wanted))
         return result
@@ -113,6 +115,8 @@ class Search:
         readers = self._readers(group)
         inputs = [rows_of(readers[0].layer, array) for array in data]
         references = [[reader.run(rows, reader.weight) for rows in inputs] for reader in readers]
+        if not all(np.isfinite(output).all() for outputs in references for output in outputs):
+            return
         error: dict[str, float] = {}
         amax = {name: OBSERVERS[name](statistics) for name in self.settings.observers}
         for name, value in amax.items():

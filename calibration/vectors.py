@@ -28,9 +28,12 @@ def with_parity(bundle: Bundle, component: str, probes: list[Probe], threads: in
     """The bundle, in memory, with a parity record for its INT8 graph; the arrays are written to ``reports/parity``.
 
     ``vectors`` hold inputs of the fp32 trajectory and what ONNX Runtime computes from the INT8 graph; ``psnr_db`` is how
-    far that is from the fp32 graph's output.
+    far that is from the fp32 graph's output. Nothing is recorded where fp32 itself gives no finite output.
     """
-    ordered = sorted(probes, key=lambda probe: probe.timestep)
+    usable = [probe for probe in probes if np.isfinite(probe.output).all()]
+    if not usable:
+        return bundle
+    ordered = sorted(usable, key=lambda probe: probe.timestep)
     chosen = [ordered[index] for index in np.linspace(0, len(ordered) - 1, min(CASES, len(ordered))).astype(int)]
     arrays: dict[str, Any] = {}
     worst: TensorParity | None = None

@@ -54,6 +54,21 @@ def test_an_unusable_activation_gets_no_range(bundle: Bundle) -> None:
     assert "mid.0.attn.0.norm_output" not in search(bundle, ("mid.0.attn.0.norm_output",)).activations
 
 
+def test_a_layer_whose_output_is_not_finite_on_a_probe_gets_no_range(bundle: Bundle) -> None:
+    statistics, probes = capture(CaptureSettings(str(bundle.path), samples=2, threads=1), bundle.path / "c")
+    observed = open_observed(bundle, "unet", outputs=False, threads=1)
+    model = load_graph(bundle.variant("unet", "fp32")[0])
+    name_nodes(model)
+    fetched = [observed.fetch(probe.inputs) for probe in probes]
+    fetched[1]["mid.0.attn.0.norm_output"][0, 0, 0] = np.nan
+    fetched[1]["joined"][0, 0, 0, 0] = np.inf
+    result = Search(model, statistics, SearchSettings(balance=False)).run(fetched, ())
+    assert not {"mid.0.attn.0.norm_output", "joined"} & set(result.activations)
+    assert not result.split
+    assert "down.0.res.0.norm1_output" in result.activations
+    assert all(np.isfinite(plan.amax) and plan.amax > 0 for plan in result.activations.values())
+
+
 def test_bias_correction_is_kept_only_where_other_probes_gain() -> None:
     random = np.random.default_rng(0)
     references = [random.standard_normal((4, 8, 5, 5)) for _ in range(4)]

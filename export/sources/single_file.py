@@ -45,19 +45,23 @@ DIFFUSION = {
 #: velocity, which is then all but the picture.
 PREDICTS_NOISE, PREDICTS_VELOCITY = 0.8, 0.4
 
-#: The scheduler that Stable Diffusion's diffusers folders come with.
-SCHEDULE: dict[str, object] = {
-    "_class_name": "PNDMScheduler",
+#: What the schedulers of all Stable Diffusion versions share.
+SCALED_LINEAR: dict[str, object] = {
     "dialect": "diffusers",
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
     "steps_offset": 1,
     "timestep_spacing": "leading",
+}
+#: The scheduler that Stable Diffusion's diffusers folders come with.
+SCHEDULE: dict[str, object] = {
+    **SCALED_LINEAR,
+    "_class_name": "PNDMScheduler",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
 }
 
 

@@ -28,6 +28,7 @@ from latentedge.export.sources.compvis_components import (
 )
 from latentedge.export.sources.compvis_tokenizer import TokenizerNeed, find_tokenizer
 from latentedge.export.sources.compvis_weights import FIRST, UNET, Network, ignored, network_of
+from latentedge.export.sources.single_file import SCALED_LINEAR
 from latentedge.export.sources.single_file_shapes import below, clip_config, first_stage_parameters, unet_parameters
 from latentedge.runtime.bundle import (
     Array,
@@ -49,16 +50,9 @@ TIME_IDS, SIZE_WIDTH = 6, 256
 SCALE_FACTOR = 0.13025
 LATENT_SIDE = 128
 SCHEDULE: dict[str, object] = {
+    **SCALED_LINEAR,
     "_class_name": "EulerDiscreteScheduler",
-    "dialect": "diffusers",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
     "interpolation_type": "linear",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
     "use_karras_sigmas": False,
 }
 

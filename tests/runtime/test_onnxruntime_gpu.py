@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,11 @@ pytest.importorskip("onnx")
 import onnxruntime
 from onnx import TensorProto, helper
 
-from latentedge.runtime.bundle import (
-    Axis,
-    Bundle,
-    Component,
-    Conditioning,
-    Defaults,
-    Latent,
-    Manifest,
-    Source,
-    TensorSpec,
-    Variant,
-)
+from latentedge.runtime.bundle import Axis, Bundle, Component, TensorSpec
 from latentedge.runtime.engines import EngineOptions, onnxruntime_gpu, open_engine
 from latentedge.runtime.engines.onnxruntime_gpu import DeviceEngine
 from latentedge.runtime.errors import EngineError, MissingDependencyError, UsageError
+from tests import tiny_bundles
 
 SHAPE = ("batch", 3, "latent_height")
 HERE = onnxruntime.get_available_providers()
@@ -50,10 +39,7 @@ def bundle(tmp_path: Path) -> Bundle:
     timestep = helper.make_tensor_value_info("timestep", TensorProto.FLOAT, SHAPE[:1])
     graph = helper.make_graph(nodes, "double", [tensors["sample"], timestep], [tensors["out_sample"]])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    path = tmp_path / "unet" / "model.onnx"
-    path.parent.mkdir()
-    path.write_bytes(model.SerializeToString())
-    variant = Variant("unet/model.onnx", hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    variant = tiny_bundles.write_graph(tmp_path, "unet/model.onnx", model.SerializeToString())
     component = Component(
         "unet",
         (TensorSpec("sample", "float32", SHAPE), TensorSpec("timestep", "float32", SHAPE[:1])),
@@ -61,11 +47,7 @@ def bundle(tmp_path: Path) -> Bundle:
         {"batch": Axis(1, 2, 8), "latent_height": Axis(1, 4, 64)},
         {"fp32": variant},
     )
-    manifest = Manifest(
-        "ldm", "text-to-image", Source("test", {}), {}, Latent(3, 8), Conditioning(), {}, Defaults(32, 32),
-        {"unet": component},
-    )  # fmt: skip
-    return Bundle(tmp_path, manifest)
+    return tiny_bundles.write_bundle(tmp_path, component)
 
 
 def on_cpu(bundle: Bundle, **options: Any) -> DeviceEngine:

@@ -14,60 +14,54 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-#: Arguments of each network, the picture's side, and the length of a prompt.
-WORKLOADS: dict[str, dict[str, Any]] = {
+Sizes = dict[str, Any]
+
+
+def _unet(side: int, channels: tuple[int, ...], layers: int, width: int, heads: int) -> Sizes:
+    """A denoiser without attention at its full resolution."""
+    return {
+        "sample_size": side,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "cross_attention_dim": width,
+        "attention_head_dim": heads,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+
+
+def _vae(side: int, channels: tuple[int, ...], layers: int, **others: int) -> Sizes:
+    return {
+        "sample_size": side,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        **others,
+    }
+
+
+def _text(width: int, inner: int, layers: int, heads: int) -> Sizes:
+    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads}
+
+
+#: Arguments of each network.
+WORKLOADS: dict[str, dict[str, Sizes]] = {
     "sd15": {
         "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "vae": {
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "latent_channels": 4,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "sample_size": 512,
-        },
-        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        "vae": _vae(512, (128, 256, 512, 512), 2),
+        "text": _text(768, 3072, 12, 12),
     },
     "medium": {
-        "unet": {
-            "sample_size": 32,
-            "block_out_channels": (128, 256, 384),
-            "layers_per_block": 2,
-            "cross_attention_dim": 256,
-            "attention_head_dim": 8,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        },
-        "vae": {
-            "block_out_channels": (32, 64, 64),
-            "layers_per_block": 1,
-            "latent_channels": 4,
-            "norm_num_groups": 8,
-            "down_block_types": ("DownEncoderBlock2D",) * 3,
-            "up_block_types": ("UpDecoderBlock2D",) * 3,
-            "sample_size": 128,
-        },
-        "text": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "unet": _unet(32, (128, 256, 384), 2, 256, 8),
+        "vae": _vae(128, (32, 64, 64), 1, norm_num_groups=8),
+        "text": _text(256, 512, 2, 4),
     },
     "default": {
-        "unet": {
-            "sample_size": 16,
-            "block_out_channels": (64, 128, 192),
-            "layers_per_block": 1,
-            "cross_attention_dim": 128,
-            "attention_head_dim": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        },
-        "vae": {
-            "block_out_channels": (64, 64, 64),
-            "layers_per_block": 1,
-            "latent_channels": 4,
-            "down_block_types": ("DownEncoderBlock2D",) * 3,
-            "up_block_types": ("UpDecoderBlock2D",) * 3,
-            "sample_size": 64,
-        },
-        "text": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "unet": _unet(16, (64, 128, 192), 1, 128, 4),
+        "vae": _vae(64, (64, 64, 64), 1),
+        "text": _text(128, 512, 2, 4),
     },
 }
 

@@ -23,6 +23,8 @@ REPLAYED = (
     "steps",
     "sampler",
     "guidance_scale",
+    "guidance_rescale",
+    "guidance_interval",
     "eta",
     "strength",
     "rng",
@@ -70,6 +72,26 @@ def size_from(text: str) -> tuple[int, int]:
         raise UsageError(f"--size takes 512 or 768x512 (width x height), found {text!r}.") from error
 
 
+def guidance_from(text: str) -> dict[str, Any]:
+    """``"7.5"`` or ``"7.5:rescale=0.7,interval=0.3-5"`` (sigmas) as a request's arguments."""
+    scale, colon, rest = text.partition(":")
+    readers: dict[str, Callable[[str], Any]] = {"rescale": float, "interval": _interval}
+    try:
+        found: dict[str, Any] = {"guidance_scale": float(scale)}
+        for entry in rest.split(",") if colon else ():
+            name, _, value = entry.partition("=")
+            found["guidance_" + name.strip()] = readers[name.strip()](value.strip())
+    except (KeyError, ValueError) as error:
+        form = "a number, or 7.5:rescale=0.7,interval=0.3-5"
+        raise UsageError(f"--guidance-scale takes {form}, found {text!r}.") from error
+    return found
+
+
+def _interval(text: str) -> list[float]:
+    low, high = (float(part) for part in text.split("-"))
+    return [low, high]
+
+
 def preview_from(text: str) -> tuple[Path, int]:
     """``"grow.png"`` or ``"grow.png:2"`` as a file and the steps between two previews, 5 by default."""
     file, colon, every = text.rpartition(":")
@@ -89,7 +111,7 @@ def preview_from(text: str) -> tuple[Path, int]:
 @click.option("--seed", help="A seed, a list 1,2,5 or a range 10-13: one picture for each.")
 @click.option("--steps", type=int, help="Sampler steps.")
 @click.option("--sampler", help="Sampler by name; an unknown name lists them.")
-@click.option("--guidance-scale", type=float, help="Guidance; 1 is none.")
+@click.option("--guidance-scale", metavar="SCALE", help="Guidance; 1 is none. 7.5:rescale=0.7,interval=0.3-5 (sigmas).")
 @click.option("--size", help="512 or 768x512 (width x height).")
 @click.option("--image", type=click.Path(), help="Picture to start from, complete, enlarge or reconstruct.")
 @click.option("--mask", type=click.Path(), help="Where to paint: white in a grey picture.")
@@ -150,6 +172,8 @@ def generate(
     if size is not None:
         options["height"], options["width"] = size_from(size)
     options = {name: value for name, value in options.items() if value is not None}
+    if "guidance_scale" in options:
+        options |= guidance_from(options.pop("guidance_scale"))
     recorded: dict[str, Any] = {}
     if replay is not None:
         if prompt is not None or prompts is not None or seed is not None:

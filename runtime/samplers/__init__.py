@@ -201,7 +201,8 @@ def _check(config: Mapping[str, Any]) -> None:
     algorithm, final = config.get("algorithm_type"), config["final_sigmas_type"]
     if name == "EDMDPMSolverMultistepScheduler":
         choices["solver_type"], choices["solver_order"] = ("midpoint", "heun"), (1, 2, 3)
-        choices["algorithm_type"] = ("dpmsolver++",) if config["solver_order"] == 3 else ("dpmsolver++", "sde-dpmsolver++")
+        kinds = ("dpmsolver++", "sde-dpmsolver++")
+        choices["algorithm_type"] = kinds[:1] if config["solver_order"] == 3 else kinds
     elif name == "SASolverScheduler":
         choices["algorithm_type"] = ("data_prediction", "noise_prediction")
         choices["predictor_order"] = choices["corrector_order"] = (1, 2, 3, 4)

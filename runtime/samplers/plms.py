@@ -95,7 +95,7 @@ def ipndm_plan(config: Config, steps: int) -> Plan:
     angles = (ramp * F32(math.pi) / F32(2)).astype(np.float64)
     weights = np.sin(angles).astype(F32) ** 2 if given is None else np.asarray(given, F32)
     alphas = np.sqrt(F32(1) - np.square(weights))
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         timesteps = (_arctangent(weights / alphas) / F32(math.pi) * F32(2))[:-1]
     sigmas = weights / np.maximum(alphas, F32(1e-8))
     return Plan(config, steps, timesteps, sigmas, 1.0, "solver", tables={"weights": weights, "alphas": alphas})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentedge.runtime.cli import run
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.generate_command import SECTIONS, generate, preview_from, seeds_from, size_from
+from latentedge.runtime.generate_command import SECTIONS, generate, guidance_from, preview_from, seeds_from, size_from
 from latentedge.runtime.picture_files import request_of
 from latentedge.runtime.pipeline import Pipeline
 from tests.runtime import bundles
@@ -84,6 +84,18 @@ def test_seeds_and_sizes() -> None:
     for wrong in ("a", "", "1-", "5-3"):
         with pytest.raises(UsageError, match="--seed"):
             seeds_from(wrong)
+
+
+def test_guidance_may_name_its_settings() -> None:
+    assert guidance_from("7.5") == {"guidance_scale": 7.5}
+    assert guidance_from("7.5:rescale=0.7, interval=0.3-5") == {
+        "guidance_scale": 7.5,
+        "guidance_rescale": 0.7,
+        "guidance_interval": [0.3, 5.0],
+    }
+    for wrong in ("strong", "7:", "7:rescale", "7:interval=3", "7:scale=2"):
+        with pytest.raises(UsageError, match="--guidance-scale takes"):
+            guidance_from(wrong)
 
 
 def test_a_preview_may_name_its_steps() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import diffusers
 import torch
 
 from latentedge.runtime.errors import UsageError
@@ -86,7 +86,7 @@ def test_a_distilled_model_cuts_its_own_schedule(
     compare(Case("lcm", {**call, "guidance_scale": 8.5}, latents=None, draws=2 + steps - 1), pipeline, ours, recorder)
 
 
-def test_a_scheduler_that_is_not_supported_is_refused_by_name(made: dict[str, Any], tmp_path: Path) -> None:
+def test_a_scheduler_that_is_not_supported_is_refused_by_name(made: dict[str, Any]) -> None:
     _, ours = made["sd"]
     with pytest.raises(UsageError, match="CogVideoXDPMScheduler"):
         ours.generate("cat", steps=2, schedule={"_class_name": "CogVideoXDPMScheduler"})

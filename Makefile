@@ -51,12 +51,16 @@ types: $(VENV)/dev-installed
 	sed -E $(STUB_REPAIRS) $(VENV)/lib/python*/site-packages/tensorrt_bindings/tensorrt.pyi > .types/tensorrt_bindings/tensorrt.pyi
 	$(BIN)/mypy $(foreach package,$(PACKAGES),-p latentedge.$(package))
 
-# Peers: each in an environment of its own under build/peers (downloads several GB on first use).
+# Peers: each in an environment of its own under build/peers (downloads several GB on first use). A peer whose result is
+# there is not measured again; `make bench-peers PEERS=--dry-run` says what is left and about how long it takes.
+PEERS ?=
 bench-peers: $(VENV)/dev-installed
-	for workload in default sd15; do \
-		$(BIN)/python -m latentedge.benchmarks.peers.run $$workload -o build/peers/$$workload.json; \
-	done
-	$(BIN)/python -m latentedge.benchmarks.peers.results build/peers/default.json build/peers/sd15.json
+	$(BIN)/python -m latentedge.benchmarks.peers.run default $(PEERS) -o build/peers/default.json
+	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --rounds 3 -o build/peers/sd15.json
+	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --rounds 1 --steps 20 --own-interval 5 \
+		--only full -o build/peers/sd15-20.json
+	test -n "$(PEERS)" || $(BIN)/python -m latentedge.benchmarks.peers.results \
+		build/peers/default.json build/peers/sd15.json build/peers/sd15-20.json
 
 clean:
 	rm -rf .venv .types build dist *.egg-info

@@ -37,11 +37,11 @@ class DiffusersWorker:
             self._pipe.unet = torch.compile(self._pipe.unet)
             self._pipe.vae.decode = torch.compile(self._pipe.vae.decode)
         self._arguments = {"prompt": prompt, "num_inference_steps": steps, "height": side, "width": side}
-        size, width = side // self._pipe.vae_scale_factor, self._pipe.unet.config.cross_attention_dim
+        size, config = side // self._pipe.vae_scale_factor, self._pipe.unet.config
         self._inputs = (
-            torch.randn(2, 4, size, size, dtype=getattr(torch, dtype)),
+            torch.randn(2, config.in_channels, size, size, dtype=getattr(torch, dtype)),
             torch.tensor(500),
-            torch.randn(2, 77, width, dtype=getattr(torch, dtype)),
+            torch.randn(2, 77, config.cross_attention_dim, dtype=getattr(torch, dtype)),
         )
         if pictures:
             self.picture()

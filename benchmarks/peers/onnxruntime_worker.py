@@ -26,7 +26,7 @@ class OnnxRuntimeWorker:
         width = shapes["encoder_hidden_states"][2]
         generator = np.random.default_rng(0)
         self._inputs = {
-            "sample": generator.standard_normal((2, 4, side, side)).astype(np.float32),
+            "sample": generator.standard_normal((2, shapes["sample"][1], side, side)).astype(np.float32),
             "timestep": np.full(2, 500, np.float32),
             "encoder_hidden_states": generator.standard_normal((2, 77, width)).astype(np.float32),
         }

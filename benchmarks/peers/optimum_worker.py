@@ -30,8 +30,12 @@ class OptimumWorker:
         self._pipe.set_progress_bar_config(disable=True)
         self._arguments = {"prompt": prompt, "num_inference_steps": steps, "height": side, "width": side}
         size = side // self._pipe.vae_scale_factor
-        width = self._pipe.unet.config.cross_attention_dim
-        self._inputs = (torch.randn(2, 4, size, size), torch.tensor(500), torch.randn(2, 77, width))
+        config = self._pipe.unet.config
+        self._inputs = (
+            torch.randn(2, config.in_channels, size, size),
+            torch.tensor(500),
+            torch.randn(2, 77, config.cross_attention_dim),
+        )
         if pictures:
             self.picture()
         return {"first_picture_seconds": time.perf_counter() - start}

@@ -1,13 +1,15 @@
 """``make bench-peers``: this project and each peer in turns, on the same weights, size, steps and threads.
 
 One peer at a time runs beside this project's own process; in each round both compute the same once, and what counts is
-the ratio within rounds. A peer that cannot be installed or fails is reported in its own words.
+the ratio within rounds. A peer that cannot be installed or fails is reported in its own words. Each peer's result is a
+file of its own beside the output, and a later run measures only what has none yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import venv
@@ -20,6 +22,8 @@ import click
 from latentedge.benchmarks.processes import MeasuredProcess, python_in
 from latentedge.benchmarks.statistics import Times, compare_rounds
 from latentedge.benchmarks.worker import PROMPT
+from latentedge.runtime.bundle import Bundle
+from latentedge.runtime.engines.hoisted import DENOISER, SHALLOW, part_name
 from latentedge.runtime.errors import EngineError
 from latentedge.runtime.machine import machine, usable_cores
 
@@ -64,32 +68,67 @@ def _fits(pin: str) -> bool:
 @click.option("--only", default="", help="Peers whose name holds this.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each.  [default: physical cores]")
 @click.option("--steps", default=4, show_default=True)
+@click.option("--own-interval", default=1, show_default=True, help="Interval of this project's step caching.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option(
     "--pictures", default=1, show_default=True, help="Rounds in which whole pictures are drawn; 0: steps only."
 )
+@click.option("--dry-run", is_flag=True, help="Only say what would be measured, and about how long it takes.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON file.")
-def main(workload: str, output: Path, only: str, **options: Any) -> None:
-    """Measure this project beside each peer on WORKLOAD."""
+def main(workload: str, output: Path, only: str, dry_run: bool, **options: Any) -> None:
+    """Measure this project beside each peer on WORKLOAD; remove a peer's file to measure it again."""
     table = json.loads((HERE / "peers.json").read_text(encoding="utf-8"))
     threads = options["threads"] or usable_cores()
+    settings = {name: options[name] for name in ("own", "own_interval", "steps", "rounds", "pictures")}
+    settings |= {"workload": workload, "threads": threads, "machine": machine()}
+    peers = [peer for peer in table["peers"] if only in peer["name"] and workload not in peer.get("not_for", ())]
+    kept = {peer["name"]: _kept(result_file(output, peer["name"]), settings) for peer in peers}
+    waiting = [peer for peer in peers if kept[peer["name"]] is None]
+    click.echo(f"{len(waiting)} of {len(peers)} to measure, {_minutes(waiting, workload)}", err=True)
+    for peer in waiting:
+        click.echo(f"  {peer['name']}: {_minutes([peer], workload)}", err=True)
+    if dry_run:
+        return
     make_workload(workload, options, table["environments"]["diffusers"])
-    rows = []
-    for peer in table["peers"]:
-        if only in peer["name"]:
-            click.echo(peer["name"], err=True)
-            try:
-                python = environment_of(
-                    peer["environment"], table["environments"][peer["environment"]], options["environments"]
-                )
-                rows.append({"peer": peer["name"], **_measure(peer, python, workload, threads, options)})
-            except EngineError as error:
-                rows.append({"peer": peer["name"], "failed": error.message})
-            click.echo(summary(rows[-1], options["own"]), err=True)
-    result = {"workload": workload, "machine": machine(), "threads": threads, "own": options["own"], "steps": options["steps"],
-              "pins": table["environments"], "rows": rows}  # fmt: skip
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for peer in waiting:
+        row = _row(peer, table["environments"][peer["environment"]], workload, threads, options)
+        click.echo(f"{peer['name']}\n{summary(row, options['own'])}", err=True)
+        kept[peer["name"]] = row
+        _write(result_file(output, peer["name"]), {**settings, "row": row})
+    rows = [kept[peer["name"]] for peer in peers]
+    _write(output, {**settings, "pins": table["environments"], "rows": rows})
+
+
+def result_file(output: Path, peer: str) -> Path:
+    """Where one peer's result lies: in a folder named like the output, under the peer's name."""
+    return output.with_suffix("") / f"{re.sub(r'[^a-z0-9]+', '-', peer.lower()).strip('-')}.json"
+
+
+def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of an earlier run with the same settings on this machine; one that failed is measured again."""
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    row: dict[str, Any] = found.pop("row")
+    return row if found == settings and "failed" not in row else None
+
+
+def _minutes(peers: list[dict[str, Any]], workload: str) -> str:
+    """What was taken before, on two cores, with the environments made; exports of a peer's own are the larger part."""
+    return f"about {sum(peer['minutes'][workload] for peer in peers):g} minutes"
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _row(peer: dict[str, Any], pins: list[str], workload: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        python = environment_of(peer["environment"], pins, options["environments"])
+        return {"peer": peer["name"], **_measure(peer, python, workload, threads, options)}
+    except EngineError as error:
+        return {"peer": peer["name"], "failed": error.message}
 
 
 def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> None:
@@ -103,6 +142,18 @@ def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> No
     if not (options["bundle"] / "latentedge.json").is_file():
         command = [str(Path(sys.executable).with_name("latentedge")), "export", str(options["folder"])]
         subprocess.run([*command, "-o", str(options["bundle"])], check=True)
+    prepare_bundle(options["bundle"], caching=options["own_interval"] > 1)
+
+
+def prepare_bundle(path: Path, *, caching: bool) -> None:
+    """The denoiser in parts, and with ``caching`` cut for step caching, where the bundle has not got them."""
+    from latentedge.export.hoisting import hoist_bundle
+    from latentedge.export.step_caching import cut_bundle
+
+    if part_name(DENOISER, "step") not in Bundle.open(path).manifest.components:
+        hoist_bundle(path)
+    if caching and part_name(DENOISER, SHALLOW) not in Bundle.open(path).manifest.components:
+        cut_bundle(path)
 
 
 def summary(row: dict[str, Any], own: str) -> str:
@@ -123,13 +174,14 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
     side, downscale = SIDES[workload]
     backend, precision = options["own"].split(":")
     request = {"steps": options["steps"], "height": side, "width": side, "guidance_scale": 7.5}
+    settings = dict(peer["settings"])
     message = {
         "folder": str(options["folder"].absolute()),
         "threads": threads,
-        "steps": options["steps"],
+        "steps": min(options["steps"], settings.pop("most_steps", options["steps"])),
         "side": side,
         "prompt": PROMPT,
-        **peer["settings"],
+        **settings,
     }
     if peer["environment"] == "onnxruntime":
         message |= {"bundle": str(options["bundle"]), "side": side // downscale}
@@ -140,8 +192,15 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
         MeasuredProcess(peer["name"], (python, str(HERE / peer["worker"]))) as other,
     ):
         axes = {"batch": 2, "latent_height": side // downscale, "latent_width": side // downscale}
-        loaded = own.ask("load", bundle=str(options["bundle"]), backend=backend, precision=precision, request=request,
-                         options={"threads": threads}, only=None if options["pictures"] else {"unet": axes})  # fmt: skip
+        loaded = own.ask(
+            "load",
+            bundle=str(options["bundle"]),
+            backend=backend,
+            precision=precision,
+            request=request,
+            options={"threads": threads, "cache_interval": options["own_interval"]},
+            only=None if options["pictures"] else {"unet": axes},
+        )
         message["pictures"] = bool(options["pictures"])
         theirs = other.ask("load", **message)
         steps: Pair = ([], [])
@@ -149,10 +208,15 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
         pictures: Pair = ([], [])
         for index in range(options["rounds"]):
             _step_round(own, other, steps, processor)
-            if index < options["pictures"] and peer["environment"] != "onnxruntime":
+            if (
+                index < options["pictures"]
+                and peer["environment"] != "onnxruntime"
+                and "most_steps" not in peer["settings"]
+            ):
                 pictures[0].append(own.ask("picture")["seconds"])
                 pictures[1].append(other.ask("picture")["seconds"])
         found = {
+            "steps": message["steps"],
             "first_picture_seconds": [loaded["first_picture_seconds"], theirs["first_picture_seconds"]],
             "memory": [own.ask("memory"), other.ask("memory")],
         }

@@ -9,7 +9,10 @@ from protocol import serve
 
 
 class StableDiffusionCppWorker:
-    """``kind``: the type that weights are converted to when they are loaded, such as "f16" or "q8_0"."""
+    """``kind``: the type that weights are converted to when they are loaded, such as "f16" or "q8_0".
+
+    The denoiser runs once for each branch of guidance; a step is both.
+    """
 
     def load(
         self, folder: str, kind: str, threads: int, steps: int, side: int, prompt: str, pictures: bool = True
@@ -19,6 +22,7 @@ class StableDiffusionCppWorker:
         from stable_diffusion_cpp import StableDiffusion
 
         self._steps: list[float] = []
+        self._total = steps
         self._model = StableDiffusion(model_path=folder, wtype=kind, n_threads=threads, verbose=False)
         self._arguments = {"prompt": prompt, "sample_steps": steps, "height": side, "width": side, "cfg_scale": 7.5}
         if pictures:
@@ -39,7 +43,8 @@ class StableDiffusionCppWorker:
         return {"seconds": list(self._steps)}
 
     def _note(self, step: int, steps: int, seconds: float) -> None:
-        if 0 < step <= steps:
+        # The library reports loading tensors and decoding tiles through the same callback.
+        if 0 < step <= steps == self._total:
             self._steps.append(seconds)
 
 

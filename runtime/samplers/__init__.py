@@ -86,6 +86,17 @@ COMPVIS: dict[str, Sampler] = {
     "DDPMScheduler": Sampler(compvis.ddpm_plan, compvis.ddpm),
 }
 _MULTISTEP = "DPMSolverMultistepScheduler"
+_FORMS: dict[str, tuple[Any, ...]] = {"solver_type": ("midpoint", "heun"), "solver_order": (1, 2, 3)}
+# The values that a class knows of its options.
+CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    _MULTISTEP: {**_FORMS, "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")},
+    "DPMSolverSinglestepScheduler": {**_FORMS, "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")},
+    "EDMDPMSolverMultistepScheduler": {**_FORMS, "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
+    "SASolverScheduler": {"algorithm_type": ("data_prediction", "noise_prediction"),
+                          "predictor_order": (1, 2, 3, 4), "corrector_order": (1, 2, 3, 4)},
+    "UniPCMultistepScheduler": {"solver_type": ("bh1", "bh2")},
+    "DEISMultistepScheduler": {"solver_order": (1, 2, 3)},
+}  # fmt: skip
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -196,30 +207,16 @@ def _configured(schedule: Mapping[str, Any], sampler: str | None, given: Mapping
 
 def _check(config: Mapping[str, Any]) -> None:
     """Refuse what the samplers cannot do, before a step is made."""
-    name, kind = str(config["_class_name"]), config["prediction_type"]
-    choices: dict[str, tuple[Any, ...]] = {"prediction_type": SAMPLERS[name].predictions}
-    algorithm, final = config.get("algorithm_type"), config["final_sigmas_type"]
-    if name == "EDMDPMSolverMultistepScheduler":
-        choices["solver_type"], choices["solver_order"] = ("midpoint", "heun"), (1, 2, 3)
-        kinds = ("dpmsolver++", "sde-dpmsolver++")
-        choices["algorithm_type"] = kinds[:1] if config["solver_order"] == 3 else kinds
-    elif name == "SASolverScheduler":
-        choices["algorithm_type"] = ("data_prediction", "noise_prediction")
-        choices["predictor_order"] = choices["corrector_order"] = (1, 2, 3, 4)
-    elif name in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
-        choices["solver_type"] = ("midpoint", "heun")
-        choices["solver_order"] = (1, 2, 3)
-        choices["algorithm_type"] = ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")
-        if name == _MULTISTEP:
-            choices["algorithm_type"] += ("sde-dpmsolver",)
-        if algorithm in ("dpmsolver", "sde-dpmsolver"):
-            choices["final_sigmas_type"] = ("sigma_min",)
-    elif name == "UniPCMultistepScheduler":
-        choices["solver_type"] = ("bh1", "bh2")
-    elif name == "DEISMultistepScheduler":
-        choices["solver_order"] = (1, 2, 3)
+    name, algorithm, final = str(config["_class_name"]), config.get("algorithm_type"), config["final_sigmas_type"]
+    choices = {"prediction_type": SAMPLERS[name].predictions, **CHOICES.get(name, {})}
+    if "algorithm_type" in choices and algorithm in ("dpmsolver", "sde-dpmsolver"):
+        choices["final_sigmas_type"] = ("sigma_min",)
+    if name == "EDMDPMSolverMultistepScheduler" and config["solver_order"] == 3:
+        choices["algorithm_type"] = ("dpmsolver++",)
+    if name == "UniPCMultistepScheduler" and not config.get("use_flow_sigmas"):
+        choices["shift_terminal"] = (None,)
     of_noise = algorithm in ("dpmsolver", "sde-dpmsolver", "noise_prediction") or config.get("predict_x0") is False
-    if kind == "flow_prediction" and of_noise:
+    if config["prediction_type"] == "flow_prediction" and of_noise:
         choices["prediction_type"] = ALL
     for option, allowed in choices.items():
         if config.get(option) not in allowed:
@@ -280,10 +277,11 @@ def sample(
 
     ``latents`` float32 [N, ...] is where the run starts: N(0, 1) times ``Plan.init_noise_sigma``, or a picture with
     ``Plan.noised_start``. ``model(sample, timestep)`` gets the sample scaled as it was trained to, and an int or a
-    float. ``eta`` is the randomness of DDIM (0 to 1) and gamma of TCD; None is 0 and 0.3. ``noise`` is where stochastic samplers draw
-    from: an array [k, N, ...] of recorded draws, a callable of the shape, an object with ``normal(shape)``, a numpy
-    Generator, or None for torch's stream of seed 0. ``begin`` is the index of the first evaluation. ``start``, an
-    earlier Step of the same run, goes on after it; its noise stream is given as at the run's start.
+    float. ``eta`` is the randomness of DDIM (0 to 1) and gamma of TCD; None is 0 and 0.3. ``noise`` is where
+    stochastic samplers draw from: an array [k, N, ...] of recorded draws, a callable of the shape, an object with
+    ``normal(shape)``, a numpy Generator, or None for torch's stream of seed 0. ``begin`` is the index of the first
+    evaluation. ``start``, an earlier Step of the same run, goes on after it; its noise stream is given as at the
+    run's start.
     ``options`` go before the schedule's fields: ``timesteps``, ``sigmas``, ``mu``, ``order``, ``s_churn``...
     A caller may ``send`` other latents to replace those of the step just yielded.
     Raises UsageError, at once, for what the sampler cannot do, and LatentEdgeError where the model's output misfits.

@@ -110,6 +110,7 @@ def _given(config: Config, name: str) -> Array | None:
 
 
 def final_sigma(config: Config, sigma_min: Any) -> Any:
+    """The sigma after the last evaluation: 0, or ``sigma_min``, as final_sigmas_type says."""
     match config["final_sigmas_type"]:
         case "zero":
             return 0.0

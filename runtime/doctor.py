@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from latentedge.runtime.engines import BACKENDS
-from latentedge.runtime.machine import machine, memory_limit
+from latentedge.runtime.machine import machine, machine_fingerprint, memory_limit
 
 #: JetPack by the major version of its Linux for Tegra.
 JETPACKS = {"35": "5", "36": "6", "38": "7.0 or 7.1", "39": "7.2 or newer"}
@@ -74,7 +74,7 @@ def gather(root: Path = Path("/")) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "machine": machine()["processor"],
+        "machine": f"{machine()['processor']}, fingerprint {machine_fingerprint()}",
         "memory": read_memory(root),
         "jetson": read_jetson(root),
         "driver": driver,

@@ -12,6 +12,7 @@ import pytest
 from latentedge.runtime import doctor
 from latentedge.runtime.cli import run
 from latentedge.runtime.engines import BACKENDS
+from latentedge.runtime.machine import machine_fingerprint
 
 ORIN = {"name": "Orin", "compute_capability": "8.7", "memory": "7.4 GiB"}
 ADA = {"name": "RTX 4070", "compute_capability": "8.9", "memory": "12.0 GiB"}
@@ -166,3 +167,7 @@ def test_it_needs_no_engine_library() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert "onnxruntime is not installed" in result.stdout
+
+
+def test_the_fingerprint_is_the_one_that_records_are_filed_under() -> None:
+    assert doctor.gather()["machine"].endswith(f"fingerprint {machine_fingerprint()}")

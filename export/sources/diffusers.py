@@ -6,16 +6,19 @@ The networks are diffusers' and transformers' own; each is loaded when it is exp
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from latentedge.export.model import SourceModel, SourceOptions
 from latentedge.export.sources.diffusers_kinds import PIPELINES
-from latentedge.export.sources.diffusers_loading import library, read_json
+from latentedge.export.sources.diffusers_loading import library, quiet, read_json
 from latentedge.export.sources.diffusers_pipelines import read_first_stage, read_pipeline
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 
 FIRST_STAGES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
+#: How long the hub may take to answer what a repository holds.
+HUB_SECONDS = 10
 HUB_FILES = ("model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json", "*/*.index.json")
 
 
@@ -42,7 +45,12 @@ def load(path: Path | str, options: SourceOptions) -> SourceModel:
         raise UsageError("a diffusers folder brings its own configuration; it takes no --config.")
     library("diffusers")
     library("transformers")
-    folder = Path(path) if Path(path).is_dir() else _download(str(path))
+    folder, messages = (Path(path), ()) if Path(path).is_dir() else _download(str(path))
+    model = _read(folder, options)
+    return replace(model, messages=(*messages, *model.messages))
+
+
+def _read(folder: Path, options: SourceOptions) -> SourceModel:
     if not (folder / "model_index.json").is_file():
         return read_first_stage(folder)
     index = read_json(folder / "model_index.json")
@@ -54,18 +62,30 @@ def load(path: Path | str, options: SourceOptions) -> SourceModel:
     return read_pipeline(folder, index, PIPELINES[name], options)
 
 
-def _download(name: str) -> Path:
-    """The folder of a hub id in the local cache: configurations, tokenizers, and one set of weights for each part."""
+def _download(name: str) -> tuple[Path, tuple[str, ...]]:
+    """The folder of a hub id in the local cache, and messages.
+
+    Configurations, tokenizers and one set of weights for each part are downloaded; without the hub, what an earlier
+    download left in the cache is taken.
+    """
     hub = library("huggingface_hub")
+    failures = (OSError, ValueError, hub.errors.HfHubHTTPError, *_connection_errors())
     try:
-        files: list[str] = hub.list_repo_files(name)
-        wanted = [*HUB_FILES, *_weight_files(files)]
-        return Path(hub.snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError, hub.errors.HfHubHTTPError, *_connection_errors()) as error:
+        with quiet():
+            described = hub.model_info(name, timeout=HUB_SECONDS)
+            wanted = [*HUB_FILES, *_weight_files([entry.rfilename for entry in described.siblings or ()])]
+            return Path(hub.snapshot_download(name, allow_patterns=wanted)), ()
+    except failures as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+    try:
+        with quiet():
+            cached = Path(hub.snapshot_download(name, local_files_only=True))
+    except failures as error:
         raise LatentEdgeError(
-            f"{name} is no folder here, and it could not be downloaded: {str(error).splitlines()[0]}",
+            f"{name} is no folder or file here, not in the hub's local cache, and could not be downloaded: {reason}.",
             hint="check the path, or download the checkpoint on a machine that reaches the hub and give its folder",
         ) from error
+    return cached, (f"{name} is taken from the hub's local cache as it is, for the hub does not answer: {reason}",)
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

@@ -375,13 +375,31 @@ def test_which_paths_match(folders: dict[str, tuple[Path, Any]], tmp_path: Path)
         source.load(folder, SourceOptions(config=tmp_path / "x.yaml"))
 
 
-def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A hub that nothing answers for, and the empty folder that is its cache."""
+    from huggingface_hub import constants
 
-    def unreachable(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
-    with pytest.raises(LatentEdgeError, match="could not be downloaded") as caught:
+
+def test_a_hub_id_without_network(no_network: Path) -> None:
+    with pytest.raises(LatentEdgeError, match="not in the hub's local cache, and could not be downloaded") as caught:
         source.load("some-user/some-model", OPTIONS)
     assert caught.value.hint is not None
+    assert "\n" not in str(caught.value.message)
+
+
+def test_a_hub_id_in_the_cache(no_network: Path, folders: dict[str, tuple[Path, Any]]) -> None:
+    """The layout that huggingface_hub keeps: a name for a commit, and the commit's files."""
+    repository = no_network / "models--some-user--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abcd")
+    shutil.copytree(folders["sd"][0], repository / "snapshots" / "0123abcd")
+    model = load_source("some-user/some-model", OPTIONS)
+    assert model.task == "text-to-image"
+    assert {part.spec.name for part in model.components} == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+    assert "taken from the hub's local cache" in model.messages[0]
+    assert outputs(component(model, "text_encoder"), input_ids=torch.ones(1, 77, dtype=torch.int64))

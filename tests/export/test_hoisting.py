@@ -220,3 +220,16 @@ def test_parts_run_only_when_their_inputs_changed() -> None:
     engine.bind(batch=2)
     engine.write("context", np.full(2, 3.0, np.float32))
     assert step(0.5, 9.0) == 0.5 + 3.0 + 90.0
+
+
+def test_timesteps_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentedge.runtime.engines.hoisted.KEPT_TIMESTEPS", 2)
+    engine, parts = counting_engine()
+    engine.bind(batch=1)
+    engine.write("sample", np.zeros(1, np.float32))
+    engine.write("context", np.zeros(1, np.float32))
+    for timestep, runs in ((9.0, 1), (5.0, 2), (9.0, 2), (1.0, 3), (5.0, 3), (9.0, 4)):  # 9 was the oldest of three
+        engine.write("timestep", np.full(1, timestep, np.float32))
+        engine.run()
+        assert engine.read("out_sample").item() == 10 * timestep
+        assert parts["timestep"].runs == runs

@@ -15,8 +15,7 @@ from latentedge.export.step_caching import cut, cut_bundle, joins
 from latentedge.runtime.bundle import Array, Bundle, file_sha256
 from latentedge.runtime.engines import EngineOptions, open_engine
 from latentedge.runtime.errors import UsageError
-
-from .tiny import DECODER, UNET, TinyDecoder, TinyDenoiser, component, tiny_model
+from tests.export.tiny import DECODER, UNET, TinyDecoder, TinyDenoiser, component, tiny_model
 
 AXES = {"batch": 1, "latent_height": 8, "latent_width": 12}
 

@@ -22,8 +22,7 @@ from latentedge.runtime.engines.base import Engine
 from latentedge.runtime.engines.hoisted import HoistedEngine
 from latentedge.runtime.engines.null import NullEngine
 from latentedge.runtime.errors import ParityError
-
-from .tiny import UNET, TinyDenoiser, component, tiny_model
+from tests.export.tiny import UNET, TinyDenoiser, component, tiny_model
 
 AXES = {"batch": 2, "latent_height": 8, "latent_width": 12}
 

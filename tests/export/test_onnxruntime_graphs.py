@@ -22,8 +22,7 @@ from latentedge.runtime.engines import EngineOptions, open_engine
 from latentedge.runtime.engines import onnxruntime as backend
 from latentedge.runtime.engines.plans import read_plans
 from latentedge.runtime.errors import BundleError, ParityError
-
-from .tiny import UNET, TinyDenoiser, component, tiny_model
+from tests.export.tiny import UNET, TinyDenoiser, component, tiny_model
 
 LOW_MEMORY = EngineOptions(low_memory=True)
 

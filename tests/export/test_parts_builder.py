@@ -12,8 +12,7 @@ from latentedge.export.exporter import ExportOptions, export_source
 from latentedge.export.parts_builder import prepare
 from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.engines import EngineOptions, open_engine
-
-from .tiny import tiny_model
+from tests.export.tiny import tiny_model
 
 PARTS = {"unet.conditioning", "unet.timestep", "unet.step"}
 

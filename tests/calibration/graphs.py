@@ -136,6 +136,14 @@ def decoder(width: int = 0) -> Any:
     return _model(b, {"latent_sample": ["batch", 4, "h", "w"]}, "sample")
 
 
+def encoder() -> Any:
+    """A picture ``sample`` to ``latent_sample`` of the same size."""
+    b = Builder(2)
+    b.conv("encoder.conv", "sample", 3, 4)
+    b.nodes[-1].output[0] = "latent_sample"
+    return _model(b, {"sample": ["batch", 3, "h", "w"]}, "latent_sample")
+
+
 def _model(b: Builder, inputs: dict[str, list[Any]], output: str) -> Any:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     result = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
@@ -144,13 +152,20 @@ def _model(b: Builder, inputs: dict[str, list[Any]], output: str) -> Any:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def write_bundle(folder: Path, seed: int = 0, outlier: float = 1.0, decoder_width: int = 0, **changes: Any) -> Bundle:
-    """An unconditional bundle of the two networks."""
+def write_bundle(
+    folder: Path,
+    seed: int = 0,
+    outlier: float = 1.0,
+    decoder_width: int = 0,
+    with_encoder: bool = False,
+    **changes: Any,
+) -> Bundle:
+    """An unconditional bundle of denoiser and decoder, and of an encoder where one is asked for."""
     axes = {"batch": Axis(1, 1, 4), "latent_height": Axis(2, SIZE, 64), "latent_width": Axis(2, SIZE, 64)}
     latent = ("batch", 4, "latent_height", "latent_width")
     picture = ("batch", 3, "latent_height", "latent_width")
     components = []
-    for name, model, inputs, output in (
+    networks = [
         (
             "unet",
             denoiser(seed, outlier),
@@ -163,7 +178,11 @@ def write_bundle(folder: Path, seed: int = 0, outlier: float = 1.0, decoder_widt
             (TensorSpec("latent_sample", "float32", latent),),
             TensorSpec("sample", "float32", picture),
         ),
-    ):
+    ]
+    if with_encoder:
+        taken = (TensorSpec("sample", "float32", picture),)
+        networks.append(("vae_encoder", encoder(), taken, TensorSpec("latent_sample", "float32", latent)))
+    for name, model, inputs, output in networks:
         variant = tiny_bundles.write_graph(folder, f"{name}/model.onnx", model.SerializeToString())
         components.append(Component(name, inputs, (output,), axes, {"fp32": variant}))
     fields = {

@@ -151,8 +151,21 @@ def test_the_command(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None
     assert {"backend", "precision", "reason"} <= set(result["auto"])
     assert "shortcuts" in captured.err
     assert "first convolution" in captured.err
+    page = (bundle.path / "reports" / "calibration" / "calibration.html").read_text()
+    assert "block by block" in page
+    assert "down.0.res.0" in page
+    assert 'src="http' not in page
+    assert json.loads((bundle.path / "reports" / "calibration" / "calibration.json").read_text()) == result
     assert cli.run([*arguments, "--floor", "loud"], debug=False) == 2
     assert "--floor takes decibels like 30dB, found 'loud'" in capsys.readouterr().err
+
+
+def test_the_command_keeps_to_ten_options() -> None:
+    from latentedge.calibration.commands import calibrate as command
+
+    options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    assert options >= {"--prompts", "--samples", "--steps", "--floor", "--ray", "--plan", "--explain"}
+    assert len(options) <= 10
 
 
 @pytest.mark.filterwarnings("ignore:int8 with onnxruntime is below")
@@ -173,6 +186,28 @@ def test_compare_writes_a_page_that_needs_nothing_else(
     assert 'src="http' not in page
     assert "href=" not in page
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+
+
+def test_a_reference_set_gives_both_distances_and_their_ratio(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    made = write_bundle(tmp_path / "test.bundle", with_encoder=True)
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "real.npz", pictures=random.integers(0, 256, (9, 12, 12, 3), dtype=np.uint8))
+    sides = [f"{made.path}:onnxruntime:fp32"] * 2
+    arguments = ["compare", *sides, "--pictures", "4", "--steps", "2", "-o", str(tmp_path / "out"), "--json"]
+    assert cli.run([*arguments, "--reference", str(tmp_path / "real.npz")], debug=False) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["frechet_distance_in_autoencoder_features"] == pytest.approx(0, abs=1e-9)
+    found = data["frechet_distance_to_reference"]
+    assert found["first"] == found["second"] > 0.01
+    assert (found["ratio"], found["pictures"]) == (1.0, 9)
+    assert "+0.0 %" in (tmp_path / "out" / "comparison.html").read_text()
+    # Pictures with an alpha channel have no colours of their own.
+    np.savez(tmp_path / "real.npz", pictures=np.zeros((9, 12, 12, 4), np.uint8))
+    assert cli.run([*arguments, "--reference", str(tmp_path / "real.npz")], debug=False) == 2
+    assert "expected uint8 pictures [N, H, W, 3], found uint8 [9, 12, 12, 4]" in capsys.readouterr().err
 
 
 def test_a_side_that_is_no_bundle_is_wrong_use() -> None:

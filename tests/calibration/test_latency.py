@@ -14,12 +14,16 @@ from latentedge.calibration.latency import (
     REPEATS,
     ROUNDS,
     Ratio,
+    in_turns,
     ratio,
     run_in_turns,
     saved,
 )
+from latentedge.runtime.bundle import Array, Axis, Component, TensorSpec
+from latentedge.runtime.engines.null import NullEngine
 
 TRIALS = 100
+ONE = Axis(1, 1, 1)
 
 
 class LoadedMachine:
@@ -96,6 +100,26 @@ def test_a_round_keeps_the_fastest_run_of_each_engine_there_and_back() -> None:
     assert times == {"a": [1.0] * LEAST_ROUNDS, "b": [1.0] * LEAST_ROUNDS}
     assert all(ran[start : start + 4] in (list("abba"), list("baab")) for start in range(0, len(ran), 4))
     assert {ran[start] for start in range(0, len(ran), 4)} == {"a", "b"}
+
+
+def test_conditioning_is_written_once_as_in_a_pictures_loop() -> None:
+    latent = TensorSpec("sample", "float32", ("batch", 4))
+    context = TensorSpec("encoder_hidden_states", "float32", ("batch", 3))
+    component = Component(
+        "unet", (latent, context), (TensorSpec("out_sample", "float32", ("batch", 4)),), {"batch": ONE}
+    )
+    written: list[str] = []
+
+    class Counting(NullEngine):
+        def write(self, name: str, array: Array) -> None:
+            written.append(name)
+            super().write(name, array)
+
+    engine = Counting(component, lambda inputs: {"out_sample": inputs["sample"]})
+    inputs = {"sample": np.ones((1, 4), np.float32), "encoder_hidden_states": np.ones((1, 3), np.float32)}
+    in_turns({"only": engine}, inputs, budget=0.0)
+    assert written.count("encoder_hidden_states") == 1
+    assert written.count("sample") == 1 + LEAST_ROUNDS * REPEATS
 
 
 @pytest.mark.parametrize(

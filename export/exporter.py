@@ -213,7 +213,9 @@ def _write_bundle(
     }
     bundle_writer.write_model_index(folder, model)
     if model.schedule:
-        bundle_writer.write_json(folder / "scheduler" / "scheduler_config.json", model.schedule)
+        # Whose rules the timesteps follow is no field of a scheduler; the manifest says it.
+        theirs = {name: value for name, value in model.schedule.items() if name != "dialect"}
+        bundle_writer.write_json(folder / "scheduler" / "scheduler_config.json", theirs)
     manifest = Manifest(
         family=model.family,
         task=model.task,

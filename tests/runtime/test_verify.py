@@ -53,6 +53,7 @@ def write(folder: Path, error: float = 0.0, golden: tuple[int, ...] = (0, 1)) ->
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
     tokenizer = dataclasses.replace(write_tokenizer(folder), golden={"red heart": golden})
     parity = write_vectors(folder, error)
+    schedule = {**schedule, "dialect": "compvis"}
     return matmul.write_bundle(folder, parity, schedule=schedule, tokenizers={"tokenizer": tokenizer})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentedge.runtime import autoencoder, guidance, images, samplers, selection
+from latentedge.runtime import autoencoder, guidance, images, samplers, selection, sizes
 from latentedge.runtime.bundle import Array, Bundle, Manifest
 from latentedge.runtime.conditioning import (
     AESTHETIC_SCORE,
@@ -30,9 +30,6 @@ from latentedge.runtime.noise import NoiseStream
 from latentedge.runtime.request import Request
 from latentedge.runtime.run import Draws, Run, picture_count
 from latentedge.runtime.samplers import Step
-
-#: Conditioning pictures that say what each part of the result shows, so that the UNet may draw it in tiles.
-TILED_BY = ("low_resolution_image", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ class Pipeline:
         request.check(manifest)
         defaults = manifest.defaults
         seed = request.seed if request.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
-        pictures, mask = self._pictures(request)
+        pictures, mask = sizes.pictures_of(self._bundle, request)
         count = picture_count(request, pictures)
         schedule = dict(request.schedule if request.schedule is not None else manifest.schedule)
         schedule.setdefault("dialect", manifest.schedule.get("dialect", "diffusers"))
@@ -222,53 +219,14 @@ class Pipeline:
             draws=Draws(NoiseStream(request.rng, seed), request.noise),
             pictures=None if pictures is None else repeated(pictures, count, "image"),
             mask=None if mask is None else repeated(mask, count, "mask"),
-            tile=self._tile(request),
+            tile=sizes.tile_of(self._bundle, request),
             timings={"seed": seed},
         )
-
-    def _tile(self, request: Request) -> int | None:
-        """Side of a tile in latent pixels; super-resolution takes the UNet's largest side where none is asked for."""
-        if request.tile is not None or self.bundle.task != "super-resolution":
-            return request.tile or None
-        sides = [axis for name, axis in self._bundle.component("unet").axes.items() if name != "batch"]
-        return min((axis.max - axis.max % axis.multiple for axis in sides), default=None)
-
-    def _pictures(self, request: Request) -> tuple[Array | None, Array | None]:
-        """Picture and mask in the size that is drawn, the mask as 0 (keep) and 1 (paint)."""
-        if request.image is None:
-            return None, None
-        pictures = images.pictures_from(request.image)
-        mask = None if request.mask is None else images.masks_from(request.mask)
-        if mask is not None and mask.shape[1:] != pictures.shape[1:3]:
-            raise UsageError(
-                f"the mask is {mask.shape[2]}x{mask.shape[1]}, its image {pictures.shape[2]}x{pictures.shape[1]}.",
-                hint="give both in the same size",
-            )
-        height, width = self._fitting(pictures.shape[1], pictures.shape[2], request)
-        pictures = images.resize_pictures(pictures, height, width)
-        if mask is None:
-            return pictures, None
-        mask = images.resize_pictures(np.repeat(mask[..., None], 3, axis=-1), height, width)[..., 0]
-        return pictures, (mask >= 0.5).astype(np.float32)
-
-    def _fitting(self, height: int, width: int, request: Request) -> tuple[int, int]:
-        """The size asked for; else the picture's own, rounded down as the model's original does."""
-        if request.height is not None and request.width is not None:
-            return request.height, request.width
-        manifest = self.bundle
-        compvis = manifest.schedule.get("dialect") == "compvis"
-        if manifest.task in ("inpainting", "reconstruction", "super-resolution") and compvis:
-            return height, width
-        unit = 32 if manifest.task == "super-resolution" else manifest.latent.downscale
-        axes = self._bundle.component("unet").axes if "unet" in manifest.components else {}
-        if manifest.task != "super-resolution" and "latent_height" in axes:
-            unit *= axes["latent_height"].multiple
-        return max(height // unit, 1) * unit, max(width // unit, 1) * unit
 
     def _begin(self, run: Run) -> tuple[Array, Iterator[Step]]:
         """The latents that the loop starts from, and the loop."""
         clock = time.perf_counter()
-        height, width = self._latent_size(run)
+        height, width = sizes.latent_size(self._bundle, run.request, run.pictures)
         conditioner = Conditioner(self._bundle, self.engine, run.request, run.count)
         pixels = self._pixels(height, width)
         given = run.request.time_ids
@@ -312,30 +270,6 @@ class Pipeline:
 
     def _pixels(self, height: int, width: int) -> tuple[int, int]:
         return height * self.bundle.latent.downscale, width * self.bundle.latent.downscale
-
-    def _latent_size(self, run: Run) -> tuple[int, int]:
-        """Height and width of the latent, checked against what the UNet takes."""
-        manifest, request = self.bundle, run.request
-        if request.latents is not None:
-            return int(request.latents.shape[-2]), int(request.latents.shape[-1])
-        if manifest.task == "super-resolution" and run.pictures is not None:
-            size, unit = run.pictures.shape[1:3], 1
-        else:
-            unit = manifest.latent.downscale
-            given = run.pictures.shape[1:3] if run.pictures is not None else None
-            if request.semantic_map is not None and manifest.conditioning.labels is not None:
-                given = images.labels_from(request.semantic_map, manifest.conditioning.labels).shape[1:3]
-            default = given or (manifest.defaults.height, manifest.defaults.width)
-            size = (request.height or default[0], request.width or default[1])
-        axes = self._bundle.component("unet").axes
-        for name, side, axis in (("height", size[0], "latent_height"), ("width", size[1], "latent_width")):
-            multiple = unit * (axes[axis].multiple if axis in axes else 1)
-            if side < 1 or side % multiple:
-                raise UsageError(
-                    f"{name} must be a multiple of {multiple}, found {side}.",
-                    hint=f"the nearest are {max(side // multiple, 1) * multiple} and {(side // multiple + 1) * multiple}",
-                )
-        return int(size[0]) // unit, int(size[1]) // unit
 
     def _start(self, run: Run, height: int, width: int) -> tuple[Array, int, tuple[Array, Array] | None]:
         """Starting latents, the index of the first step, and (picture's latents, noise) where a mask keeps a part."""
@@ -419,25 +353,9 @@ class Pipeline:
         elif unconditional is not None:
             branches, index = [conditioner.branch(unconditional, concat), branches[0]], 1
             combine = guidance.classifier_free(run.guidance_scale, run.request.guidance_rescale)
-        tile = self._unet_tile(run, concat)
+        tile = sizes.unet_tile(self._bundle, run.tile, concat, cached=self.options.cache_interval > 1)
         separate = self.options.low_memory
         return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=separate, tile=tile)
-
-    def _unet_tile(self, run: Run, concat: Array | None) -> int | None:
-        """Side of the UNet's tiles; ``None`` for a smaller latent, and where no picture says what each tile shows."""
-        if concat is None or run.tile is None or max(concat.shape[2:]) <= run.tile:
-            return None
-        if not any(entry.source in TILED_BY for entry in self.bundle.conditioning.concat):
-            return None
-        multiple = max(axis.multiple for axis in self._bundle.component("unet").axes.values())
-        if run.tile % multiple:
-            raise UsageError(f"this UNet takes tiles whose side is a multiple of {multiple}, found {run.tile}.")
-        if self.options.cache_interval > 1:
-            raise UsageError(
-                "step caching does not go with tiles: each needs the deep blocks of its own last evaluation.",
-                hint="leave one of the two out; tile 0 draws the picture whole",
-            )
-        return run.tile
 
     def _keep_known(self, run: Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
         """Put the noised picture back outside of the mask after every step (a model without a mask input)."""

@@ -41,7 +41,7 @@ def reporting() -> Iterator[Reporter]:
                 tasks[stage] = bars.add_task(STAGES.get(stage, stage))
             bars.update(tasks[stage], completed=done, total=total)
 
-        yield Reporter(progress, lambda message: console.print(message, markup=False, highlight=False))
+        yield Reporter(progress, lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True))
 
 
 def print_explanation(plan: Plan, *, to_stderr: bool) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,20 @@ CASES: list[Case] = [
       for extra in ({}, {"use_karras_sigmas": True}, {"stochastic_sampling": True}, {"invert_sigmas": True},
                     {"shift_terminal": 0.1})],
     ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, 5, {}),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 1.5}, 5, {"s_churn": 3.0, "s_noise": 1.01}),
+    ("FlowMatchLCMScheduler", {"shift": 2.0}, 4, {}),
+    ("DDIMParallelScheduler", {**SCALED, **V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 6, {}),
+    ("DDPMParallelScheduler", {**SCALED, "clip_sample": False}, 6, {}),
+    ("IPNDMScheduler", {}, 10, {}),
+    *[(_UNIPC, {**SCALED, "solver_order": 4, "solver_type": kind, **ENDING}, 25, {}) for kind in ("bh1", "bh2")],
+    *[("EDMEulerScheduler", config, 6, step) for config, step in (
+        ({}, {"s_churn": 3.0}), ({"sigma_schedule": "exponential", **V, "sigma_data": 1.0}, {}))],
+    *[("EDMDPMSolverMultistepScheduler", {"solver_order": order, "algorithm_type": kind, "solver_type": solver}, 9, {})
+      for order, kind, solver in ((2, "dpmsolver++", "midpoint"), (2, "sde-dpmsolver++", "heun"),
+                                  (3, "dpmsolver++", "midpoint"))],
+    *[("SASolverScheduler", {**SCALED, "algorithm_type": kind, "predictor_order": order, "corrector_order": order}, 9, {})
+      for kind in ("data_prediction", "noise_prediction") for order in (2, 3, 4)],
+    (_MULTI, {**SCALED, **V, "use_lu_lambdas": True, "rescale_betas_zero_snr": True}, 6, {}),
 ]  # fmt: skip
 
 
@@ -121,17 +137,52 @@ class Recorder:
         return torch.from_numpy(self.draws[-1])
 
 
+@contextmanager
+def correctly_rounded(recorder: Recorder, module: Any) -> Iterator[None]:
+    """torch's square roots, logarithms and exponentials to the nearest float32, on any processor; its noise recorded."""
+    import torch
+
+    def nearest(original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(x: Any, *rest: Any) -> Any:
+            plain = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and not rest
+            return original(x.double()).float() if plain else original(x, *rest)
+
+        return function
+
+    def power(x: Any, exponent: Any) -> Any:
+        return torch.sqrt(x) if x.dtype == torch.float32 and exponent == 0.5 else original_power(x, exponent)
+
+    original_power = torch.Tensor.__pow__
+    patches: list[tuple[Any, str, Any]] = [(torch.Tensor, "__pow__", power)]
+    for name in ("sqrt", "log", "exp", "expm1", "sin"):
+        patches += [(owner, name, nearest(getattr(owner, name))) for owner in (torch, torch.Tensor)]
+    patches.append((torch, "randn_like", lambda x, **_: recorder(x.shape)))
+    patches += [(module, "randn_tensor", recorder)] if hasattr(module, "randn_tensor") else []
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, function in patches:
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
 def from_diffusers(case: Case) -> dict[str, npt.NDArray[Any]]:
     """One run of a diffusers scheduler."""
     import diffusers
+
+    recorder = Recorder()
+    module = sys.modules[getattr(diffusers, case[0]).__module__]
+    with correctly_rounded(recorder, module):
+        return _run(getattr(diffusers, case[0]), case, recorder)
+
+
+def _run(scheduler_class: Any, case: Case, recorder: Recorder) -> dict[str, npt.NDArray[Any]]:
     import torch
 
     name, config, steps, arguments = case
-    recorder = Recorder()
-    module = sys.modules[getattr(diffusers, name).__module__]
-    if hasattr(module, "randn_tensor"):
-        module.randn_tensor = recorder  # type: ignore[attr-defined]
-    scheduler = getattr(diffusers, name)(**config)
+    scheduler = scheduler_class(**config)
     scheduler.set_timesteps(steps)
     if name == "DPMSolverSDEScheduler":
         scheduler.noise_sampler = lambda *_: recorder(SHAPE)
@@ -143,6 +194,7 @@ def from_diffusers(case: Case) -> dict[str, npt.NDArray[Any]]:
         sample = scheduler.step(output, timestep, sample, **arguments).prev_sample
         samples.append(sample.numpy())
     arrays = {"samples": np.array(samples), "timesteps": scheduler.timesteps.numpy()}
+    arrays["init_noise_sigma"] = np.float64(getattr(scheduler, "init_noise_sigma", 1.0))
     if hasattr(scheduler, "sigmas"):
         arrays["sigmas"] = scheduler.sigmas.numpy()
     if recorder.draws:

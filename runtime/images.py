@@ -23,7 +23,7 @@ def open_picture(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise UsageError(f"there is no picture {path}.") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UsageError(f"{path} cannot be read as a picture: {error}.") from error
+        raise UsageError(f"{path} cannot be read as a picture: {error}.", hint="give a PNG or JPEG file") from error
     return image
 
 
@@ -57,7 +57,10 @@ def labels_from(value: Picture, labels: int) -> Array:
             hint="a label picture is an 8-bit grey or palette PNG whose pixel values are label numbers",
         )
     if array.min() < 0 or array.max() >= labels:
-        raise UsageError(f"semantic_map: labels go from 0 to {labels - 1}, found {array.min()} to {array.max()}.")
+        raise UsageError(
+            f"semantic_map: labels go from 0 to {labels - 1}, found {array.min()} to {array.max()}.",
+            hint="the pixel values themselves are label numbers; a colour picture of the labels is no label map",
+        )
     return array.astype(np.int64)
 
 

@@ -19,6 +19,7 @@ from latentedge.runtime.errors import UsageError
 #: Bits of the class token's modifier, in units of the number of classes.
 MODIFIERS = {"group_of": 1, "occluded": 2, "depiction": 4, "inside": 8}
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
+EXAMPLE = 'for example [{"category": 3, "box": [0.1, 0.2, 0.5, 0.9]}], boxes as x0, y0, x1, y1 in 0..1'
 
 
 def read_layout(value: Any) -> list[dict[str, Any]]:
@@ -27,13 +28,13 @@ def read_layout(value: Any) -> list[dict[str, Any]]:
         try:
             value = json.loads(Path(value).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UsageError(f"the layout {value} cannot be read: {error}.") from error
+            raise UsageError(f"the layout {value} cannot be read: {error}.", hint=EXAMPLE) from error
     if isinstance(value, Mapping):
         value = value.get("objects")
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise UsageError(
             "a layout is a list of objects.",
-            hint='for example [{"category": 3, "box": [0.1, 0.2, 0.5, 0.9]}], boxes as x0, y0, x1, y1 in 0..1',
+            hint=EXAMPLE,
         )
     return [dict(item) for item in value]
 
@@ -85,5 +86,8 @@ def _class_token(item: Mapping[str, Any], number: int, layout: Layout) -> int:
         raise UsageError(f"layout object {number}: categories go from 0 to {layout.classes - 1}, found {category}.")
     token = category + (layout.classes or 0) * sum(MODIFIERS[name] for name in modifiers)
     if token >= layout.none_token:
-        raise UsageError(f"layout object {number}: class token {token} is not below {layout.none_token}.")
+        raise UsageError(
+            f"layout object {number}: class numbers of this model go from 0 to {layout.none_token - 1}, found {token}.",
+            hint="a category counts the data set's classes from 0, plus the number of classes for each modifier",
+        )
     return token

@@ -81,7 +81,10 @@ class Request:
             raise UsageError("strength needs an image to start from.")
         for name in _NEEDED_BY_TASK.get(manifest.task, ()):
             if all(getattr(self, choice) is None for choice in name.split("|")):
-                raise UsageError(f"a {manifest.task} model needs {name.replace('|', ' or ')}.")
+                raise UsageError(
+                    f"this bundle's task is {manifest.task}, which needs {name.replace('|', ' or ')}.",
+                    hint=f"on the command line: {_OPTIONS[name.split('|')[0]]}",
+                )
         self._check_allowed(manifest)
 
     def _check_allowed(self, manifest: Manifest) -> None:
@@ -99,6 +102,17 @@ class Request:
             if getattr(self, name) is not None and not fits:
                 raise UsageError(f"this bundle's task is {manifest.task}; it takes no {name}.")
 
+
+#: How the command line gives what a task needs.
+_OPTIONS = {
+    "prompt": 'latentedge generate BUNDLE "a prompt"',
+    "class_label": "--class NUMBER",
+    "layout": "--layout FILE.json",
+    "semantic_map": "--semantic-map FILE.png",
+    "embeddings": "--embeddings FILE.npy",
+    "image": "--image FILE",
+    "mask": "--mask FILE, white where the picture is painted anew",
+}
 
 #: Arguments that a task cannot do without; alternatives are joined by "|".
 _NEEDED_BY_TASK: dict[str, tuple[str, ...]] = {

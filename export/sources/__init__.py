@@ -27,8 +27,9 @@ def load_source(path: str | Path, options: SourceOptions) -> SourceModel:
         if module.matches(path, options):
             model: SourceModel = module.load(path, options)
             return model
+    missing = not Path(path).exists()
     raise UsageError(
-        f"{path} is no checkpoint that latentedge reads.",
+        f"there is no {path}." if missing else f"{path} is no checkpoint that latentedge reads.",
         hint=(
             "a CompVis folder holds one .ckpt or .safetensors and one .yaml, a diffusers folder holds model_index.json, "
             "an ONNX folder holds unet/model.onnx; a single CompVis file takes --config FILE"

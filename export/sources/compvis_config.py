@@ -118,7 +118,10 @@ def read_config(path: Path) -> ModelConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LatentEdgeError(f"{path} is no YAML file: {' '.join(str(error).split())}.") from error
+        raise LatentEdgeError(
+            f"{path} is no YAML file: {' '.join(str(error).split())}.",
+            hint="copy it again from the checkpoint's origin",
+        ) from error
     return parse_config(data, path.name)
 
 

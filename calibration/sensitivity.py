@@ -73,12 +73,18 @@ def measure_blocks(
     steps: int | None = None,
     prompts: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan with every block's error and gain, measured with only that block in INT8."""
-    digest = digest_of(plan, material.evidence, material.probes, target, steps, prompts)
+    """The plan with every block's error and gain, measured with only that block in INT8.
+
+    Errors are those of the INT8 graph with fp32 floats, whatever the floats of the target are: which of them is faster
+    is a measurement that may turn out otherwise when an interrupted run goes on.
+    """
+    exact = dataclasses.replace(target, precision=INT8, alternative="fp32")
+    stored = dataclasses.replace(plan, precision=INT8)
+    digest = digest_of(stored, material.evidence, material.probes, exact, steps, prompts)
     folder = material.bundle.path / relative_sensitivity(plan.component) / digest[:16]
     drop_others(folder)
-    store(folder, plan, material.evidence, material.probes)
-    settings = BlockSettings(str(material.bundle.path), str(folder), target, steps, prompts)
+    store(folder, stored, material.evidence, material.probes)
+    settings = BlockSettings(str(material.bundle.path), str(folder), exact, steps, prompts)
     total = len(plan.blocks) * (2 if target.timed else 1)
     files = [folder / f"block-{index:03d}.json" for index in range(len(plan.blocks))]
     missing = [index for index, file in enumerate(files) if not file.is_file()]
@@ -87,6 +93,7 @@ def measure_blocks(
         write_atomically(files[index], json.dumps(error).encode())
         done += 1
         progress("blocks", done, total)
+    _opened.cache_clear()
     blocks = []
     for block, file in zip(plan.blocks, files, strict=True):
         sqnr_db, psnr_db = json.loads(file.read_text())

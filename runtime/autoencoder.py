@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
 from latentedge.runtime.bundle import Array, Latent
 from latentedge.runtime.engines.base import Engine
 from latentedge.runtime.errors import UsageError
+from latentedge.runtime.noise import Draws
 from latentedge.runtime.tiles import tiled
 
 LOGVAR_RANGE = (-30.0, 20.0)
-
-
-class Draws(Protocol):
-    """A source of N(0, 1) draws."""
-
-    def normal(self, shape: tuple[int, ...]) -> Array:
-        """Float32 draws of ``shape``."""
 
 
 def decode(engine: Engine, latent: Latent, latents: Array, tile: int | None = None) -> Array:

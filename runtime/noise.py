@@ -8,6 +8,7 @@ its neighbours (as diffusers treats one generator and a list of generators).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,33 @@ from latentedge.runtime.errors import UsageError
 
 Array = npt.NDArray[np.float32]
 _TAU = 2 * np.pi
+
+
+class Draws(Protocol):
+    """A source of N(0, 1) draws, taken in order."""
+
+    def normal(self, shape: tuple[int, ...]) -> Array:
+        """The next draw, float32 of ``shape``."""
+
+
+class Recorded:
+    """Recorded draws [k, N, ...] in place of a stream's. Samplers use them as they are."""
+
+    recorded = True
+
+    def __init__(self, draws: npt.NDArray[Any]) -> None:
+        self._draws = draws
+        self._taken = 0
+
+    def normal(self, shape: tuple[int, ...]) -> Array:
+        """The next draw, float32 of ``shape``; :class:`UsageError` when they are used up or do not fit."""
+        if self._taken >= len(self._draws):
+            raise UsageError(f"noise holds {len(self._draws)} draws; this request takes more.")
+        draw = np.asarray(self._draws[self._taken], np.float32)
+        if draw.shape != shape:
+            raise UsageError(f"noise draw {self._taken} must have shape {list(shape)}, found {list(draw.shape)}.")
+        self._taken += 1
+        return draw
 
 
 class TorchCpu:

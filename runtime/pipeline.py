@@ -26,9 +26,9 @@ from latentedge.runtime.denoiser import Branch, Combine, Denoiser
 from latentedge.runtime.engines import BACKENDS, Engine, EngineOptions, open_engine
 from latentedge.runtime.engines.settings import parse_backend
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.noise import NoiseStream
+from latentedge.runtime.noise import Draws, NoiseStream, Recorded
 from latentedge.runtime.request import Request
-from latentedge.runtime.run import Draws, Run, picture_count
+from latentedge.runtime.run import Run, picture_count
 from latentedge.runtime.samplers import Step
 
 
@@ -216,7 +216,7 @@ class Pipeline:
             image_guidance_scale=float(image_scale),
             strength=float(strength),
             eta=defaults.eta if request.eta is None else request.eta,
-            draws=Draws(NoiseStream(request.rng, seed), request.noise),
+            draws=NoiseStream(request.rng, seed) if request.noise is None else Recorded(request.noise),
             pictures=None if pictures is None else repeated(pictures, count, "image"),
             mask=None if mask is None else repeated(mask, count, "mask"),
             tile=sizes.tile_of(self._bundle, request),

@@ -14,7 +14,7 @@ import numpy as np
 
 from latentedge.runtime import schedules
 from latentedge.runtime.errors import LatentEdgeError, UsageError
-from latentedge.runtime.noise import NoiseStream
+from latentedge.runtime.noise import NoiseStream, Recorded
 from latentedge.runtime.samplers import compvis, deis, discrete, dpm_solver, edm, euler, plans, plms, sa_solver, unipc
 from latentedge.runtime.samplers.base import Call, History, Update
 from latentedge.runtime.samplers.plans import Plan
@@ -248,25 +248,20 @@ class _Draws:
     """The noise of a run, in the order in which it is taken."""
 
     def __init__(self, noise: Any, shape: tuple[int, ...], taken: int) -> None:
-        self.taken, self._shape = taken, shape
-        self.recorded = isinstance(noise, np.ndarray) or bool(getattr(noise, "recorded", False))
-        self._array = noise if isinstance(noise, np.ndarray) else None
-        if isinstance(noise, np.random.Generator):
-            self._next: Callable[[tuple[int, ...]], Array] = noise.standard_normal
-        else:
-            self._next = getattr(NoiseStream("torch", 0) if noise is None else noise, "normal", noise)
-        for _ in range(taken if self._array is None else 0):  # to where the saved step had left the stream
-            self._next(shape)
+        self.taken, self._shape = 0, shape
+        if noise is None:
+            noise = NoiseStream("torch", 0)
+        elif isinstance(noise, np.ndarray):
+            noise = Recorded(noise)
+        self.recorded = bool(getattr(noise, "recorded", False))
+        method = "standard_normal" if isinstance(noise, np.random.Generator) else "normal"
+        self._next: Callable[[tuple[int, ...]], Array] = getattr(noise, method, noise)
+        for _ in range(taken):  # to where the saved step had left the stream
+            self()
 
     def __call__(self) -> Array:
         self.taken += 1
-        if self._array is None:
-            return np.asarray(self._next(self._shape), F32)
-        if self.taken > len(self._array):
-            raise UsageError(f"noise holds {len(self._array)} draws, draw {self.taken} was asked for", "record more")
-        if self._array.shape[1:] != self._shape:
-            raise UsageError(f"noise draws have shape {self._array.shape[1:]}, the latents {self._shape}")
-        return np.asarray(self._array[self.taken - 1], F32)
+        return np.asarray(self._next(self._shape), F32)
 
 
 def sample(

@@ -65,11 +65,6 @@ class GraphCost:
         """All operations."""
         return sum(operation.flops for operation in self.operations)
 
-    @property
-    def least_bytes(self) -> int:
-        """Bytes that must move even if everything is fused: weights, inputs and outputs."""
-        return self.weight_bytes + self.io_bytes
-
 
 def graph_cost(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> GraphCost:
     """The cost of the graph at ``path`` for inputs of these shapes; :class:`BundleError` for shapes it cannot take."""

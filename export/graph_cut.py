@@ -165,18 +165,19 @@ def cut(graph: CutGraph, positions: Iterable[int]) -> list[ir.Model]:
                 f"the graph cannot be cut at node {begin}: quantised values would be passed on: {quantised}."
             )
         inputs = [value for value in (*whole.inputs, *graph.made) if value in needed]
-        parts.insert(0, _extract(graph.model, inputs, outputs))
+        parts.insert(0, ir.Model(extract(whole, inputs, outputs), ir_version=graph.model.ir_version))
         wanted |= needed
     return parts
 
 
-def _extract(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
-    part = ir.convenience.extract(model.graph, inputs, outputs)
+def extract(graph: ir.Graph, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
+    """A copy of the part of ``graph`` between ``inputs`` and ``outputs``."""
+    part = ir.convenience.extract(graph, inputs, outputs)
     # The library collects initialisers in a set; in a fixed order the same cut gives the same file.
     ordered = sorted(part.initializers.items())
     part.initializers.clear()
     part.initializers.update(ordered)
-    return ir.Model(part, ir_version=model.ir_version)
+    return part
 
 
 def _needed(graph: CutGraph, outputs: Iterable[ir.Value], begin: int) -> set[ir.Value]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import onnx_ir as ir
 
 from latentedge.export.bundle_writer import write_manifest
 from latentedge.export.errors import ExportError
+from latentedge.export.graph_cut import extract
 from latentedge.export.onnx_files import save_model, variant_of
 from latentedge.export.session import HostSession
 from latentedge.runtime.bundle import Array, Axis, Bundle, Component, Dimension, TensorSpec
@@ -41,15 +41,11 @@ ALLOWED_LOSS_DB = 1.0
 REFERENCE = "fp32"
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The graphs by part. A part that holds nothing is not there."""
+def split(graph: ir.Graph, kept: frozenset[str] = frozenset()) -> dict[str, ir.Graph]:
+    """A denoiser's graphs by part; one that would hold nothing is not there.
 
-    graphs: dict[str, ir.Graph]
-
-
-def split(graph: ir.Graph, kept: frozenset[str] = frozenset()) -> Parts:
-    """Split a denoiser's graph; values named in ``kept`` are computed in each step although they could be hoisted."""
+    Values named in ``kept`` are computed in each step although they could be hoisted.
+    """
     stages = _stages(graph, kept)
     crossing = [value for value in _values(graph) if _crosses(value, stages)]
     graphs = {}
@@ -58,7 +54,7 @@ def split(graph: ir.Graph, kept: frozenset[str] = frozenset()) -> Parts:
         if outputs:
             taken = [value for value in crossing if stages[value] < stage]
             graphs[part] = extract_part(graph, [*graph.inputs, *taken], outputs)
-    return Parts(graphs)
+    return graphs
 
 
 def cut_step(graph: ir.Graph, step: Component) -> ir.Graph:
@@ -111,15 +107,15 @@ def hoist(folder: Path, component: Component) -> dict[str, Component]:
     while True:
         model = ir.load(path)
         parts = split(model.graph, kept)
-        if len(parts.graphs) == 1:
+        if len(parts) == 1:
             return {}
-        files = {part: write_part(graph, model, part, path) for part, graph in parts.graphs.items()}
+        files = {part: write_part(graph, model, part, path) for part, graph in parts.items()}
         specs, refused = _boundary_specs(component, parts, files)
         if not refused:
             break
         kept |= refused
     components = {}
-    for part, graph in parts.graphs.items():
+    for part, graph in parts.items():
         declared = _declaration(component, part, graph, specs)
         components[declared.name] = dataclasses.replace(declared, variants={REFERENCE: variant_of(folder, files[part])})
     found = compare(*_recomposed(folder, component, REFERENCE, components, REFERENCE))
@@ -269,14 +265,10 @@ def extract_part(
     graph: ir.Graph, inputs: list[ir.Value], outputs: list[ir.Value], *, every_input: bool = False
 ) -> ir.Graph:
     """The part between ``inputs`` and ``outputs``, with the inputs that it reads, or with all of them."""
-    part = ir.convenience.extract(graph, inputs, outputs)
+    part = extract(graph, inputs, outputs)
     unread = [value for value in part.inputs if not value.uses() and not value.is_graph_output()]
     for value in () if every_input else unread:
         part.inputs.remove(value)
-    # The library collects initialisers in a set; in a fixed order the same split gives the same file.
-    ordered = sorted(part.initializers.items())
-    part.initializers.clear()
-    part.initializers.update(ordered)
     return part
 
 
@@ -303,7 +295,7 @@ def write_part(graph: ir.Graph, model: ir.Model, part: str, path: Path) -> Path:
 
 
 def _boundary_specs(
-    component: Component, parts: Parts, files: Mapping[str, Path]
+    component: Component, parts: Mapping[str, ir.Graph], files: Mapping[str, Path]
 ) -> tuple[dict[str, TensorSpec], frozenset[str]]:
     """Declarations of the hoisted values, and those that the manifest cannot declare: they stay in the step."""
     found: dict[str, list[Array]] = {}
@@ -313,7 +305,7 @@ def _boundary_specs(
         for part in PARTS[:STEP]:
             if part in files:
                 with HostSession(files[part]) as session:
-                    computed = session.run({name: known[name] for name in _names(parts.graphs[part].inputs)})
+                    computed = session.run({name: known[name] for name in _names(parts[part].inputs)})
                 known.update(computed)
                 for name, array in computed.items():
                     found.setdefault(name, []).append(array)

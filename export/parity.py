@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentedge.export.errors import ExportError
-from latentedge.runtime.bundle import Array, Axis, Component, resolve_dimension
+from latentedge.runtime.bundle import Array, Axis, Component
 from latentedge.runtime.errors import ParityError
 from latentedge.runtime.parity import FLOORS, TensorParity, compare
 
@@ -175,11 +175,6 @@ def default_compare_axes(axes: Mapping[str, Axis], trace: Mapping[str, int]) -> 
         candidates = [trace[name] - axis.multiple, trace[name] + axis.multiple]
         changed[name] = next((c for c in candidates if axis.min <= c <= axis.max), trace[name])
     return (changed,) if changed != dict(trace) else ()
-
-
-def sample_shape(component: Component, name: str, axes: Mapping[str, int]) -> tuple[int, ...]:
-    """Shape of one input for given axes."""
-    return tuple(resolve_dimension(side, axes) for side in component.input(name).shape)
 
 
 def _not_finite(array: Array) -> int:

@@ -40,10 +40,7 @@ def needs_float32(model: ir.Model) -> dict[ir.Node, str]:
         if node.op_type in _EXACT or _makes_integers(node):
             for ancestor in _float_ancestors(node):
                 found.setdefault(ancestor, f"feeds {node.op_type}")
-        if any(
-            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-            for attribute in node.attributes.values()
-        ):
+        if any(attribute.type in _SUBGRAPHS for attribute in node.attributes.values()):
             found[node] = "holds a subgraph"
         for value in node.inputs:
             reason = _constant_reason(value)

@@ -124,7 +124,7 @@ def test_a_precision_that_lost_a_hoisted_value_is_an_error(bundle: Path) -> None
 def test_a_graph_without_invariants_stays_whole() -> None:
     sample, output = ir.Value(name="sample"), ir.Value(name="out_sample")
     graph = ir.Graph([sample], [output], nodes=[ir.Node("", "Neg", [sample], outputs=[output])], opset_imports={"": 20})
-    assert set(split(graph).graphs) == {"step"}
+    assert set(split(graph)) == {"step"}
 
 
 def test_the_shape_of_the_sample_is_not_its_data() -> None:
@@ -136,7 +136,7 @@ def test_the_shape_of_the_sample_is_not_its_data() -> None:
     for name, value in (("shape", shape.outputs[0]), ("expanded", expand.outputs[0])):
         value.name = name
     graph = ir.Graph([sample, timestep], [output], nodes=[shape, expand, add], opset_imports={"": 20})
-    parts = split(graph).graphs
+    parts = split(graph)
     assert set(parts) == {"timestep", "step"}
     assert [node.op_type for node in parts["timestep"]] == ["Shape", "Expand"]
     assert [node.op_type for node in parts["step"]] == ["Add"]

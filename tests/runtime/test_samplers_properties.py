@@ -125,6 +125,26 @@ def test_the_error_falls_at_the_order_of_the_sampler(
     assert np.log(coarse / fine) / np.log(many / few) == pytest.approx(order, abs=0.2)
 
 
+def flow_error(name: str, steps: int) -> float:
+    """The largest error at sigma 0 for data N(0.3, 0.36) carried along the straight paths of a flow."""
+    levels = iter(samplers.prepare({}, name, steps).input_sigmas.astype(np.float64))
+
+    def model(sample: Array, _: float) -> Array:
+        sigma = next(levels)
+        centred = (sample - (1 - sigma) * 0.3) / ((1 - sigma) ** 2 * 0.36 + sigma**2)
+        return np.asarray(sigma * centred - (0.3 + (1 - sigma) * 0.36 * centred), np.float32)
+
+    begin = noise((1, 3, 8, 8), 0)
+    *_, last = samplers.sample(model, begin, {}, name, steps)
+    return float(np.abs(last.latents - (0.3 + begin * 0.6)).max())
+
+
+@pytest.mark.parametrize(("name", "order"), [("flow_euler", 1), ("flow_heun", 2)])
+def test_the_error_on_a_flow_falls_at_the_order_of_the_sampler(name: str, order: float) -> None:
+    errors = [flow_error(name, steps) for steps in (48, 96)]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(stop=st.integers(0, 6))
 @settings(max_examples=4, deadline=None)

@@ -45,7 +45,7 @@ SECTIONS = {
                      "embeddings", "replay"),
     "How": ("seed", "steps", "sampler", "guidance_scale", "strength", "size", "tile", "eta", "rng"),
     "Where it goes": ("output", "sheet", "preview", "as_json"),
-    "What computes it": ("backend", "precision", "low_memory", "cache_interval"),
+    "What computes it": ("backend", "precision", "low_memory", "memory_limit", "cache_interval", "auto_quality"),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,11 @@ Pair = tuple[list[float], list[float]]
 SIDES = {"sd15": (256, 8), "medium": (128, 4), "default": (64, 4)}
 
 
-def environment_of(name: str, pins: list[str], root: Path) -> str:
-    """The interpreter that has ``pins``: this one where it fits, else a virtual environment that is made on first use."""
+def environment_of(name: str, pins: list[str], root: Path, unwanted: Sequence[str] = ()) -> str:
+    """The interpreter that has ``pins``: this one where it fits, else a virtual environment that is made on first use.
+
+    ``unwanted`` are packages that the pins bring along and that break them.
+    """
     if all(_fits(pin) for pin in pins):
         return sys.executable
     folder = root / name
@@ -47,6 +51,9 @@ def environment_of(name: str, pins: list[str], root: Path) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise EngineError(f"pip could not install {', '.join(pins)}: {done.stderr.strip().splitlines()[-1]}")
+        if unwanted:
+            command = [python_in(folder), "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted]
+            subprocess.run(command, capture_output=True, check=True)
         (folder / "complete").touch()
     return python_in(folder)
 
@@ -91,7 +98,7 @@ def main(workload: str, output: Path, only: str, dry_run: bool, **options: Any) 
         return
     make_workload(workload, options, table["environments"]["diffusers"])
     for peer in waiting:
-        row = _row(peer, table["environments"][peer["environment"]], workload, threads, options)
+        row = _row(peer, table, workload, threads, options)
         click.echo(f"{peer['name']}\n{summary(row, options['own'])}", err=True)
         kept[peer["name"]] = row
         _write(result_file(output, peer["name"]), {**settings, "row": row})
@@ -123,9 +130,13 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _row(peer: dict[str, Any], pins: list[str], workload: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    peer: dict[str, Any], table: dict[str, Any], workload: str, threads: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    name = peer["environment"]
     try:
-        python = environment_of(peer["environment"], pins, options["environments"])
+        unwanted = table["unwanted"].get(name, ())
+        python = environment_of(name, table["environments"][name], options["environments"], unwanted)
         return {"peer": peer["name"], **_measure(peer, python, workload, threads, options)}
     except EngineError as error:
         return {"peer": peer["name"], "failed": error.message}

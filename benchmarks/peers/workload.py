@@ -88,19 +88,26 @@ def write(name: str, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    write_vocabulary(folder / "tokenizer")
 
 
 def _tokenizer() -> Any:
     """A CLIP tokenizer that knows single characters only: what a prompt costs does not depend on its words."""
     from transformers import CLIPTokenizer
 
+    with tempfile.TemporaryDirectory() as name:
+        write_vocabulary(Path(name))
+        files = str(Path(name) / "vocab.json"), str(Path(name) / "merges.txt")
+        return CLIPTokenizer(*files, model_max_length=77)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """The tokenizer's two files of the older layout, which peers with an older transformers read."""
     letters = [chr(code) for code in range(33, 127)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        vocabulary.write_text(json.dumps({word: index for index, word in enumerate(words)}))
-        merges.write_text("#version: 0.2\n")
-        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+    vocabulary = json.dumps({word: index for index, word in enumerate(words)})
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

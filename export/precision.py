@@ -75,18 +75,24 @@ def write_half(source: Path, target: Path, kept: Collection[str], cases: list[Ca
     cast_to_half(model, [node for node in model.graph if node.name in kept])
     remove_model(target)
     save_model(model, target)
-    rounded = _load(target)
-    round_every_result(rounded)
-    with _probe(rounded, target) as session:
+    del model
+    with _probe(target, round_every_result) as session:
         return measure(session.run, cases)
 
 
 @contextlib.contextmanager
-def _probe(model: ir.Model, beside: Path) -> Iterator[HostSession]:
-    """A session of ``model``, which is written beside the graph that holds its external weights, and deleted."""
-    path = beside.with_name(f"{beside.stem}.probe.onnx")
+def _probe(source: Path, change: Callable[[ir.Model], object]) -> Iterator[HostSession]:
+    """A session of the graph at ``source`` with a ``change``.
+
+    It is written beside ``source``, which holds its external weights, and freed before it runs: a copy of a large
+    model's weights fewer. The file is deleted.
+    """
+    path = source.with_name(f"{source.stem}.probe.onnx")
     try:
+        model = _load(source)
+        change(model)
         save_model(model, path, keep_external=True)
+        del model
         with HostSession(path) as session:
             yield session
     finally:
@@ -95,10 +101,8 @@ def _probe(model: ir.Model, beside: Path) -> Iterator[HostSession]:
 
 def measure_ranges(source: Path, cases: list[Case]) -> dict[str, float]:
     """Largest magnitude of every float tensor of the graph at ``source``, over some of the cases."""
-    model = _load(source)
-    add_range_outputs(model)
     ranges: dict[str, float] = {}
-    with _probe(model, source) as session:
+    with _probe(source, add_range_outputs) as session:
         for case in cases[:RANGE_CASES]:
             outputs = {name: float(array) for name, array in session.run(case.inputs).items()}
             for name, value in ranges_of(outputs).items():

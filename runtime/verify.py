@@ -101,8 +101,8 @@ def _check_files(bundle: Bundle) -> Iterator[Check]:
     schedule = bundle.path / "scheduler" / "scheduler_config.json"
     if schedule.is_file():
         # The manifest's dialect is no field of a scheduler.
-        expected = {name: value for name, value in bundle.manifest.schedule.items() if name != "dialect"}
-        same = _read_json(schedule) == json.loads(json.dumps(expected))
+        fields = {name: value for name, value in bundle.manifest.schedule.items() if name != "dialect"}
+        same = _read_json(schedule) == json.loads(json.dumps(fields))
         yield Check(
             "file",
             "scheduler/scheduler_config.json",

@@ -102,11 +102,20 @@ def preview_from(text: str) -> tuple[Path, int]:
     return Path(file), int(every)
 
 
+def check_files(*paths: Path | None) -> None:
+    """:class:`UsageError` for a picture file that could not be written, before anything is drawn."""
+    for path in filter(None, paths):
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"pictures are written as PNG, found {path}.", hint="end the file's name with .png")
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent} to write {path.name} into.")
+
+
 @click.command(cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="PNG file; several pictures get numbers.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="A file with one prompt a line.")
+@click.option("--prompts", type=click.Path(exists=True, path_type=Path), help="A file with one prompt a line.")
 @click.option("--negative-prompt", help="What the picture should not show.")
 @click.option("--seed", help="A seed, a list 1,2,5 or a range 10-13: one picture for each.")
 @click.option("--steps", type=int, help="Sampler steps.")
@@ -169,6 +178,8 @@ def generate(
 
     if output is None and sheet is None:
         raise UsageError("no output: give -o PICTURE.png, or --sheet SHEET.png.")
+    growing = None if preview is None else preview_from(preview)
+    check_files(output, sheet, growing and growing[0])
     if size is not None:
         options["height"], options["width"] = size_from(size)
     options = {name: value for name, value in options.items() if value is not None}
@@ -197,7 +208,7 @@ def generate(
     with Pipeline.open(bundle, backend, precision, options=engine_options) as pipeline:
         if recorded and recorded.get("bundle") != pipeline.digest():
             click.echo(f"warning: {replay} was drawn from another bundle than {bundle}", err=True)
-        shower = None if preview is None else Shower(pipeline, *preview_from(preview))
+        shower = None if growing is None else Shower(pipeline, *growing)
         drawn = list(_draw(pipeline, requests, output, shower))
     if wishes.memory_limit is not None and (peak := peak_memory()) is not None:
         click.echo(f"peak of memory: {in_words(peak)} of {in_words(wishes.memory_limit)}", err=True)

@@ -98,6 +98,17 @@ def test_guidance_may_name_its_settings() -> None:
             guidance_from(wrong)
 
 
+@pytest.mark.parametrize("option", ["-o", "--sheet", "--preview"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_drawn(
+    option: str, command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "unet", lambda inputs: pytest.fail("drawn"))
+    for file, message in (("a.jpg", "written as PNG, found a.jpg"), ("absent/a.png", "there is no folder absent")):
+        assert command("-o", "fine.png", option, file) == 2
+        assert message in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
 def test_a_preview_may_name_its_steps() -> None:
     assert preview_from("grow.png") == (Path("grow.png"), 5)
     assert preview_from("a:b/grow.png:12") == (Path("a:b/grow.png"), 12)

@@ -1,4 +1,5 @@
-"""Start-up beside diffusers: ``latentedge --help``, and the first picture from process start to PNG.
+"""Start-up and memory beside diffusers: ``latentedge --help``, and the first picture from process start to PNG, also with
+``--low-memory``.
 
 ``python -m latentedge.benchmarks.startup BUNDLE DIFFUSERS_FOLDER`` starts each program several times, in turns, and
 prints seconds and peak memory. The diffusers equivalents import the library and print its pipelines' help, and draw the
@@ -70,7 +71,8 @@ def measure(pairs: dict[str, tuple[list[str], list[str]]], rounds: int) -> dict[
             own, other = ([run[index][key] for run in runs] for index in (0, 1))
             entry[key] = {"own": Times.of(own).p50, "diffusers": Times.of(other).p50,
                           "share": 1 / compare_rounds(other, own).ratio}  # fmt: skip
-        entry["peak_rss"] = [max(run[index]["peak_rss"] for run in runs) for index in (0, 1)]
+        peaks = [max(run[index]["peak_rss"] for run in runs) for index in (0, 1)]
+        entry["peak_rss"] = {"own": peaks[0], "diffusers": peaks[1], "share": peaks[0] / peaks[1]}
         found[name] = entry
     return found
 
@@ -79,17 +81,22 @@ def measure(pairs: dict[str, tuple[list[str], list[str]]], rounds: int) -> dict[
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--backend", default="auto", show_default=True)
+@click.option("--precision", default="auto", show_default=True)
 @click.option("--steps", default=4, show_default=True)
 @click.option("--side", default=64, show_default=True, help="Pixels of a side of the picture.")
 @click.option("--rounds", default=5, show_default=True)
-def main(bundle: Path, folder: Path, backend: str, steps: int, side: int, rounds: int) -> None:
+def main(bundle: Path, folder: Path, backend: str, precision: str, steps: int, side: int, rounds: int) -> None:
     """Measure start-up of this project with BUNDLE and of diffusers with FOLDER, and print both as JSON."""
     program = str(Path(sys.executable).with_name("latentedge"))
     with tempfile.TemporaryDirectory() as output:
         picture = [program, "generate", str(bundle), PROMPT, "--steps", str(steps), "--size", str(side), "--seed", "0",
-                   "--backend", backend, "-o", f"{output}/own.png"]  # fmt: skip
+                   "--backend", backend, "--precision", precision, "-o", f"{output}/own.png"]  # fmt: skip
         theirs = [sys.executable, "-c", PICTURE, str(folder), PROMPT, str(steps), str(side), f"{output}/theirs.png"]
-        pairs = {"help": ([program, "--help"], [sys.executable, "-c", HELP]), "first picture": (picture, theirs)}
+        pairs = {
+            "help": ([program, "--help"], [sys.executable, "-c", HELP]),
+            "first picture": (picture, theirs),
+            "first picture, low memory": ([*picture, "--low-memory"], theirs),
+        }
         click.echo(json.dumps(measure(pairs, rounds), indent=1))
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from latentedge.runtime.autoencoder import Draws, encode
+from latentedge.runtime.autoencoder import encode
 from latentedge.runtime.bundle import Array, Bundle, ConcatInput, TextEncoder
 from latentedge.runtime.denoiser import Branch
 from latentedge.runtime.engines.base import Engine
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.images import labels_from, resize_nearest
 from latentedge.runtime.layout import read_layout, tokens_from_layout
+from latentedge.runtime.noise import Draws
 from latentedge.runtime.request import Request
 from latentedge.runtime.tokenizer import PromptTokenizer
 
@@ -129,7 +130,10 @@ class Conditioner:
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise UsageError(f"class_label must be a class number, found {label!r}.")
         if classes is not None and (labels.min() < 0 or labels.max() >= classes):
-            raise UsageError(f"class labels go from 0 to {classes - 1}, found {labels.tolist()}.")
+            raise UsageError(
+                f"class labels go from 0 to {classes - 1}, found {', '.join(map(str, labels))}.",
+                hint="a label is the number of a class in the data that the model was trained on, counted from 0",
+            )
         outputs = self._engine_of("cond_encoder").run({"class_labels": labels.astype(np.int64)})
         return {"encoder_hidden_states": self._repeated(outputs["encoder_hidden_states"], "class_label")}
 
@@ -146,12 +150,13 @@ class Conditioner:
         return {"encoder_hidden_states": self._repeated(hidden, "layout")}
 
     def _embeddings(self) -> Array:
-        array = np.asarray(self._request.embeddings, np.float32)
+        array = given = np.asarray(self._request.embeddings, np.float32)
         array = array[None, None] if array.ndim == 1 else array[:, None] if array.ndim == 2 else array
         width = self._conditioning.embedding_width
         if array.ndim != 3 or array.shape[-1] != width:
             raise UsageError(
-                f"embeddings must be [N, k, {width}], [N, {width}] or [{width}], found {list(array.shape)}."
+                f"embeddings must be [N, k, {width}], [N, {width}] or [{width}], found {list(given.shape)}.",
+                hint=f"this model takes the embeddings of a CLIP that gives {width} numbers",
             )
         lengths = np.linalg.norm(array, axis=-1)
         if np.abs(lengths - 1).max() > 1e-2:

@@ -210,7 +210,7 @@ class Pipeline:
             request=request,
             count=count,
             steps=request.steps or defaults.steps,
-            sampler=request.sampler or defaults.sampler,
+            sampler=request.sampler or (None if (request.schedule or {}).get("_class_name") else defaults.sampler),
             schedule=schedule,
             guidance_scale=float(scale),
             image_guidance_scale=float(image_scale),

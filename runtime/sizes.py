@@ -33,18 +33,19 @@ def pictures_of(bundle: Bundle, request: Request) -> tuple[Array | None, Array |
 
 
 def _fitting(bundle: Bundle, height: int, width: int, request: Request) -> tuple[int, int]:
-    """The size asked for; else the picture's own, rounded down as the model's original does."""
-    if request.height is not None and request.width is not None:
-        return request.height, request.width
+    """The size asked for, or that of given latents; else the picture's own, rounded down as the model's original does."""
     manifest = bundle.manifest
     compvis = manifest.schedule.get("dialect") == "compvis"
-    if manifest.task in ("inpainting", "reconstruction", "super-resolution") and compvis:
-        return height, width
-    unit = 32 if manifest.task == "super-resolution" else manifest.latent.downscale
-    axes = bundle.component("unet").axes if "unet" in manifest.components else {}
-    if manifest.task != "super-resolution" and "latent_height" in axes:
-        unit *= axes["latent_height"].multiple
-    return max(height // unit, 1) * unit, max(width // unit, 1) * unit
+    enlarged = manifest.task == "super-resolution"
+    if request.latents is not None and not compvis and not enlarged:
+        height, width = (side * manifest.latent.downscale for side in np.shape(request.latents)[-2:])
+    elif not (compvis and manifest.task in ("inpainting", "reconstruction", "super-resolution")):
+        unit = 32 if enlarged else manifest.latent.downscale
+        axes = bundle.component("unet").axes if "unet" in manifest.components else {}
+        if not enlarged and "latent_height" in axes:
+            unit *= axes["latent_height"].multiple
+        height, width = max(height // unit, 1) * unit, max(width // unit, 1) * unit
+    return request.height or height, request.width or width
 
 
 def latent_size(bundle: Bundle, request: Request, pictures: Array | None) -> tuple[int, int]:

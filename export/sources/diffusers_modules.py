@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional
@@ -56,34 +57,47 @@ class PlainAttention:
 
 
 class RecordedDownsampling(nn.Module):
-    """A downsampling that notes the size it halves in ``sizes``."""
+    """A downsampling that notes the size it halves in ``sizes``.
 
-    def __init__(self, downsampling: nn.Module, sizes: list[torch.Size]) -> None:
+    A residual block that resamples does it twice, to both of its branches: ``twice`` notes the size once.
+    """
+
+    def __init__(self, downsampling: nn.Module, sizes: list[torch.Size], twice: bool) -> None:
         super().__init__()
         self.downsampling = downsampling
         self.sizes = sizes
+        self.twice = twice
+        self.again = False
 
     def forward(self, hidden_states: Tensor, *_: object) -> Tensor:
         """[batch, channels, height, width] to half the size, rounded up."""
-        self.sizes.append(hidden_states.shape[2:])
+        if not self.again:
+            self.sizes.append(hidden_states.shape[2:])
+        self.again = self.twice and not self.again
         result: Tensor = self.downsampling(hidden_states)
         return result
 
 
 class Upsampling(nn.Module):
-    """Nearest-neighbour upsampling and a convolution: by two, or to the last size noted in ``sizes``."""
+    """Nearest-neighbour upsampling and a convolution: by two, or to the last size noted in ``sizes``.
 
-    def __init__(self, convolution: nn.Module | None, sizes: list[torch.Size] | None) -> None:
+    ``twice``: as for the downsampling, the second branch takes the size of the first.
+    """
+
+    def __init__(self, convolution: nn.Module | None, sizes: list[torch.Size] | None, twice: bool) -> None:
         super().__init__()
         self.convolution = convolution
         self.sizes = sizes
+        self.twice = twice
+        self.again = False
 
     def forward(self, hidden_states: Tensor, *_: object) -> Tensor:
         """[batch, channels, height, width] to twice the size, or to the noted one."""
         if self.sizes is None:
             hidden_states = functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         else:
-            height, width = self.sizes.pop()
+            self.again = self.twice and not self.again
+            height, width = self.sizes[-1] if self.again else self.sizes.pop()
             hidden_states = functional.interpolate(hidden_states, size=(height, width), mode="nearest")
         return hidden_states if self.convolution is None else self.convolution(hidden_states)
 
@@ -96,10 +110,11 @@ def made_exportable(model: nn.Module, sizes: list[torch.Size] | None = None) -> 
     for module in list(model.modules()):
         if isinstance(module, Attention) and module.norm_q is None and module.add_k_proj is None:
             module.set_processor(PlainAttention())
+        twice = isinstance(module, ResnetBlock2D)
         for name, child in list(module.named_children()):
             if isinstance(child, Upsample2D) and not child.use_conv_transpose and child.norm is None:
                 convolution = child.conv if child.name == "conv" else child.Conv2d_0
-                setattr(module, name, Upsampling(convolution if child.use_conv else None, sizes))
+                setattr(module, name, Upsampling(convolution if child.use_conv else None, sizes, twice))
             elif isinstance(child, Downsample2D) and sizes is not None:
-                setattr(module, name, RecordedDownsampling(child, sizes))
+                setattr(module, name, RecordedDownsampling(child, sizes, twice))
     return model.eval().requires_grad_(False)

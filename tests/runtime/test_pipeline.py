@@ -210,6 +210,33 @@ def test_steps_yields_what_generate_ends_with() -> None:
     assert np.array_equal(steps[-1].latents, draw(pipe, latents=LATENTS).latents)
 
 
+def test_a_schedule_that_names_its_sampler_is_followed() -> None:
+    pipe = bundles.pipeline()
+    euler = {**bundles.SCHEDULE, "_class_name": "EulerDiscreteScheduler"}
+    assert pipe.bundle.defaults.sampler == "ddim"
+    found = draw(pipe, latents=LATENTS, schedule=euler).latents
+    assert np.array_equal(found, draw(pipe, latents=LATENTS, sampler="euler", schedule=euler).latents)
+    assert np.abs(found - draw(pipe, latents=LATENTS).latents).max() > 0.1
+    unnamed = {name: value for name, value in euler.items() if name != "_class_name"}
+    assert np.array_equal(
+        draw(pipe, latents=LATENTS, schedule=unnamed).latents,
+        draw(pipe, latents=LATENTS, sampler="ddim", schedule=unnamed).latents,
+    )
+
+
+@pytest.mark.parametrize("ids", [np.repeat(IDS, 3, axis=0), np.repeat(IDS, 3, axis=0).tolist()])
+def test_every_row_of_token_ids_is_a_picture(ids: Any) -> None:
+    assert len(draw(bundles.pipeline(), prompt_ids=ids, seed=1).images) == 3
+
+
+def test_a_picture_takes_the_size_of_given_latents_and_of_one_given_side() -> None:
+    pipe = bundles.pipeline()
+    picture = np.zeros((40, 56, 3), np.uint8)
+    assert draw(pipe, image=picture, strength=0.5, seed=1).array.shape == (1, 40, 56, 3)
+    assert draw(pipe, image=picture, strength=0.5, latents=LATENTS[:1]).array.shape == (1, 32, 32, 3)
+    assert draw(pipe, image=picture, strength=0.5, height=24, seed=1).array.shape == (1, 24, 56, 3)
+
+
 def test_a_callback_stops_the_loop() -> None:
     unet, batches = counting_unet()
     result = draw(bundles.pipeline(unet=unet), latents=LATENTS, callback=lambda step: step.index == 1)

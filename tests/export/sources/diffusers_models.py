@@ -346,6 +346,12 @@ def ldm_unconditional() -> Any:
     return LDMPipeline(vqvae=codebook(), unet=plain_unet(), scheduler=_ddim(LDM_BETAS, set_alpha_to_one=True))
 
 
+def ldm_resampling_in_blocks() -> Any:
+    """Residual blocks that change the size of both of their branches, on the side with attention only."""
+    model = plain_unet(downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift")
+    return LDMPipeline(vqvae=codebook(), unet=model, scheduler=_ddim(LDM_BETAS))
+
+
 MAKERS: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
     "sd2": stable_diffusion_2,
@@ -363,6 +369,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "ldm-text2im": ldm_text,
     "ldm-superres": ldm_superresolution,
     "ldm-uncond": ldm_unconditional,
+    "ldm-uncond-resnet": ldm_resampling_in_blocks,
 }
 
 

@@ -181,6 +181,7 @@ CASES = {
         "ldm-superres", {"num_inference_steps": 3, "image": picture(32), "eta": 1.0}, latents=None, draws=4
     ),
     "ldm-uncond": Case("ldm-uncond", {"num_inference_steps": 4}, latents=None, draws=1),
+    "ldm-uncond, resampled in blocks": Case("ldm-uncond-resnet", {"num_inference_steps": 3}, latents=None, draws=1),
     "ldm-uncond, eta": Case("ldm-uncond", {"num_inference_steps": 4, "eta": 1.0}, latents=None, draws=5),
 }  # fmt: skip
 RENAMED = {"num_inference_steps": "steps", "mask_image": "mask"}

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentedge.runtime.bundle import Array, Axis, Bundle, Component, TensorSpec
+from latentedge.runtime.bundle import Array, Axis, Bundle, Component, TensorSpec, Variant
 from latentedge.runtime.engines.base import EngineOptions
-from latentedge.runtime.errors import EngineError, UsageError
+from latentedge.runtime.errors import EngineError, PrecisionError, UsageError
 from tests import tiny_bundles
 
 onnx = pytest.importorskip("onnx")
 openvino = pytest.importorskip("openvino")
 
-from latentedge.runtime.engines.openvino import device_name, open_engine  # noqa: E402
+from latentedge.runtime.engines.openvino import cache_folder, device_name, open_engine  # noqa: E402
 
 WEIGHT = np.random.default_rng(5).standard_normal((48, 32)).astype(np.float32)
 OPTIONS = EngineOptions(threads=1)
@@ -150,3 +150,24 @@ def test_the_cache_tells_precisions_apart(tmp_path: Path) -> None:
         with open_engine(bundle, component, precision, options) as engine:
             error = np.abs(engine.run({"x": x})["y"] - exact).max() / np.abs(exact).max()
         assert low <= error < high, precision
+
+
+def test_the_cache_tells_weights_beside_equal_graphs_apart(tmp_path: Path) -> None:
+    folders = {
+        cache_folder(tmp_path, Variant("unet/model.onnx", graph, 1, weights))
+        for graph in ("a" * 64, "b" * 64)
+        for weights in ({}, {"unet/model.onnx.data": "c" * 64}, {"unet/model.onnx.data": "d" * 64})
+    }
+    assert len(folders) == 6
+
+
+def test_another_arithmetic_than_asked_for_is_an_error(tmp_path: Path) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not compute in bf16")
+    bundle, component = make_bundle(tmp_path)
+    options = EngineOptions(threads=1, extra={"INFERENCE_PRECISION_HINT": "bf16"})
+    with (
+        open_engine(bundle, component, "fp32", options) as engine,
+        pytest.raises(PrecisionError, match="in bf16, asked"),
+    ):
+        engine.bind(batch=1)

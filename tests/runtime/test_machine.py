@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,6 @@ def test_quota_of_both_cgroup_versions(tmp_path: Path, files: dict[str, str], co
     assert machine.cgroup_cores(tmp_path) == cores
 
 
-def test_a_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = machine.usable_cores()
-    monkeypatch.setattr(machine, "cgroup_cores", lambda: 1.9)
-    assert machine.usable_cores() == 1
-    monkeypatch.setattr(machine, "cgroup_cores", lambda: 1000.0)
-    assert machine.usable_cores() == everything >= 1
-
-
 def test_a_memory_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1048576\n")
     assert machine.memory_limit(tmp_path) == 1 << 20
@@ -51,3 +44,14 @@ def test_the_fingerprint_follows_from_what_decides(monkeypatch: pytest.MonkeyPat
     assert int(facts["cores"]) >= 1
     monkeypatch.setattr(machine, "machine", lambda: {**facts, "processor": "another"})
     assert machine.machine_fingerprint() != before
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 4), (2.5, 2), (0.5, 1), (16.0, 4)])
+def test_cores_are_physical_and_within_affinity_and_quota(
+    quota: float | None, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight processors, two on each core."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(machine, "_siblings", lambda processor: f"{processor // 2}")
+    monkeypatch.setattr(machine, "cgroup_cores", lambda: quota)
+    assert machine.usable_cores() == cores

@@ -12,6 +12,7 @@ evaluations.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -88,6 +89,10 @@ def with_nncf(model: Path, inputs: Inputs, output: Path) -> None:
 
 def with_model_optimizer(model: Path, inputs: Inputs, output: Path, method: str = "entropy") -> None:
     """Model Optimizer's ONNX PTQ with its TensorRT-guided placement and float32 floats."""
+    spec = importlib.util.find_spec("tensorrt")
+    if spec is not None and spec.origin is None:
+        # Type stubs are a namespace without contents, which it would take for the library.
+        sys.modules["tensorrt"] = None  # type: ignore[assignment]
     from modelopt.onnx.quantization import quantize
 
     quantize(

@@ -108,7 +108,7 @@ class Race:
             record = _timed_record(self.backend, name, seconds)
             record |= {"reference": named, "ratio": bounds[0].ratio, "rounds": bounds[0].rounds}
             record |= {"ratio_low": min(b.low for b in bounds), "ratio_high": min(b.high for b in bounds)}
-            record["verdict"] = verdict(bounds)
+            record["verdict"] = "reference" if name == reference else verdict(bounds)
             if len(bounds) > 1:
                 other = {"alternative": self.alternative(times), "alternative_ratio": bounds[1].ratio}
                 other |= {"alternative_ratio_low": bounds[1].low, "alternative_ratio_high": bounds[1].high}

@@ -21,7 +21,7 @@ h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--muted); font-weight: normal; font-size: .85rem; }
 td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.number { text-align: right; white-space: nowrap; } td.chosen { font-weight: 600; }
+.number { text-align: right; } .number, td:has(.bar) { white-space: nowrap; }
 .bar { display: inline-block; height: .7em; background: var(--bar); border-radius: 2px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1.1rem; }
 .case { display: grid; grid-template-columns: repeat(3, 1fr); gap: .3rem; margin: 0; }
@@ -77,8 +77,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[
 
 
 def bar(share: float) -> str:
-    """A bar of at most 6 em for a share of 0 to 1."""
-    return f'<span class="bar" style="width:{6 * min(max(share, 0.0), 1.0):.2f}em"></span>'
+    """A bar of at most 5 em for a share of 0 to 1."""
+    return f'<span class="bar" style="width:{5 * min(max(share, 0.0), 1.0):.2f}em"></span>'
 
 
 def inlined(data: bytes) -> str:

@@ -163,34 +163,41 @@ def probe_sqnr(engine: Engine, probes: Sequence[Probe]) -> list[float]:
 
 
 def choose_blocks(plan: Plan, material: Material, target: Target, progress: Progress) -> Plan:
-    """The fastest set of blocks above the floor.
+    """The fastest set of blocks above the floor, with the floats of the target, or in fp32 where those spoil every set.
+
+    Where no set holds the floor every block becomes INT8, and the gate refuses it with the figure.
+    """
+    harmful = {block.name: why for block in plan.blocks if (why := _harm(block, plan.floor_db)) is not None}
+    for precision in dict.fromkeys((target.precision, INT8)):
+        tried = dataclasses.replace(target, precision=precision)
+        chosen = _best_set(plan, harmful, material, tried, progress)
+        if chosen:
+            decided = tuple(_decided(block, chosen, harmful, plan.floor_db) for block in plan.blocks)
+            return dataclasses.replace(plan, precision=precision, blocks=decided)
+    reason = f"no plan holds {plan.floor_db:g} dB; the gate refuses this one"
+    blocks = [dataclasses.replace(block, precision=INT8, reason=reason) for block in plan.blocks]
+    return dataclasses.replace(plan, blocks=tuple(blocks))
+
+
+def _best_set(
+    plan: Plan, harmful: dict[str, str], material: Material, target: Target, progress: Progress
+) -> frozenset[str]:
+    """The names of the fastest set of blocks above the floor; empty where there is none.
 
     Two sets compete: without the blocks that measured slower alone, and with them, because an INT8 block between two
     others saves conversions that it needs alone; the faster one in the same rounds wins. Where neither holds the floor,
-    blocks are taken by their error alone. Where no set holds it every block becomes INT8, and the gate refuses it with
-    the figure.
+    blocks are taken by their error alone.
     """
-    harmful = {block.name: why for block in plan.blocks if (why := _harm(block, plan.floor_db)) is not None}
     slow = {block.name for block in plan.blocks if _is_slower(block)}
     usable = [block for block in plan.blocks if block.name not in harmful]
     usable = [block for block in usable if block.psnr_db is None or block.psnr_db >= plan.floor_db]
     sets: list[frozenset[str]] = []
-    for blocks, cost in (
-        ([block for block in usable if block.name not in slow], _cost),
-        (usable, _cost),
-        (usable, _noise),
-    ):
-        if cost is _noise and sets:
-            break
-        held = _longest(plan, sorted(blocks, key=cost), material, target, progress)
+    for blocks in ([block for block in usable if block.name not in slow], usable):
+        held = _longest(plan, sorted(blocks, key=_cost), material, target, progress)
         sets += [held] if held and held not in sets else []
     if not sets:
-        reason = f"no plan holds {plan.floor_db:g} dB; the gate refuses this one"
-        blocks = [dataclasses.replace(block, precision=INT8, reason=reason) for block in plan.blocks]
-        return dataclasses.replace(plan, blocks=tuple(blocks))
-    chosen = sets[0] if len(sets) == 1 or not target.timed else _fastest(plan, sets, material, target)
-    decided = tuple(_decided(block, chosen, harmful, plan.floor_db) for block in plan.blocks)
-    return dataclasses.replace(plan, blocks=decided)
+        return _longest(plan, sorted(usable, key=_noise), material, target, progress)
+    return sets[0] if len(sets) == 1 or not target.timed else _fastest(plan, sets, material, target)
 
 
 def _longest(

@@ -16,7 +16,6 @@ from latentedge.calibration.scene import Target
 from latentedge.calibration.search import Search, SearchResult, SearchSettings, channel_correction
 from latentedge.calibration.sensitivity import choose_blocks
 from latentedge.runtime.bundle import Bundle
-from latentedge.runtime.engines import EngineOptions
 from latentedge.runtime.errors import UsageError
 from tests.calibration.graphs import Builder, _model, write_bundle
 
@@ -86,19 +85,29 @@ def block(name: str, sqnr: float, saved: float | None, error: float = 0.001) -> 
     return BlockPlan(name, "int8", "", (name,), sqnr, 60.0, saved, None if saved is None else error)
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, blocks: list[BlockPlan], worst: dict[str, float], floor: float) -> Plan:
-    """Plans with a model of the pictures: noise powers of the blocks add up; the set with fewer blocks is faster."""
+def choose(
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: list[BlockPlan],
+    worst: dict[str, float],
+    floor: float,
+    precision: str = "int8",
+) -> Plan:
+    """Plans with a model of the pictures: noise powers of the blocks add up; the set with fewer blocks is faster.
+
+    Floats in bf16 give 20 dB whatever the blocks are.
+    """
     from latentedge.calibration import sensitivity
 
     def quality(plan: Plan, material: Any, target: Any) -> tuple[float, float]:
         noise = sum(10 ** (-worst[name] / 10) for name in plan.quantised_blocks())
         value = -10 * np.log10(noise) if noise else 100.0
+        value = min(value, 20.0) if target.precision == "int8+bf16" else value
         return value, value
 
     monkeypatch.setattr(sensitivity, "_picture_quality", quality)
     monkeypatch.setattr(sensitivity, "_fastest", lambda plan, sets, material, target: min(sets, key=len))
     plan = Plan("unet", "openvino", "int8", floor, tuple(blocks), {})
-    target = Target("openvino", "int8", "bf16", EngineOptions())
+    target = Target("openvino", precision, "bf16")
     return choose_blocks(plan, None, target, lambda stage, done, total: None)  # type: ignore[arg-type]
 
 
@@ -117,6 +126,19 @@ def test_shortcuts_must_be_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = choose(monkeypatch, [block("good", 50, 0.01), shortcut], {"good": 50, "shortcuts": 50}, 30)
     assert plan.quantised_blocks() == {"good"}
     assert "not harmless: 38.0 dB alone" in {entry.reason for entry in plan.blocks}
+
+
+def test_floats_that_spoil_every_set_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = choose(monkeypatch, [block("good", 50, 0.01)], {"good": 50}, 30, "int8+bf16")
+    assert (plan.precision, plan.quantised_blocks()) == ("int8", {"good"})
+    plan = choose(monkeypatch, [block("good", 50, 0.01)], {"good": 50}, 15, "int8+bf16")
+    assert plan.precision == "int8+bf16"
+
+
+def test_a_block_below_the_floor_alone_does_not_take_the_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ruinous = dataclasses.replace(block("ruinous", 60, 0.05), psnr_db=12.0)
+    plan = choose(monkeypatch, [ruinous, block("good", 50, 0.01)], {"ruinous": 12, "good": 50}, 30)
+    assert plan.quantised_blocks() == {"good"}
 
 
 def test_without_a_plan_above_the_floor_everything_is_int8_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

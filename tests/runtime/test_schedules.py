@@ -146,3 +146,26 @@ def test_trained_betas_replace_the_named_schedule() -> None:
     config = {"trained_betas": values.tolist(), "num_train_timesteps": 50}
     plan = samplers.prepare(config, "ddim", 5)
     np.testing.assert_allclose(plan.alphas_cumprod, np.cumprod(1 - values.astype(np.float64)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "transform"), [("exp", "exp"), ("laplace", "laplace"), ("squaredcos_cap_v2", "cosine")]
+)
+def test_betas_of_a_cumulative_product_follow_diffusers(name: str, transform: str) -> None:
+    module = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
+    expected = module.betas_for_alpha_bar(1000, alpha_transform_type=transform).numpy()
+    found = schedules.betas({**LINEAR, "beta_schedule": name})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_sigmoid_betas_follow_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    expected = diffusers.DDPMScheduler(beta_schedule="sigmoid").betas.numpy()
+    np.testing.assert_allclose(schedules.betas({**LINEAR, "beta_schedule": "sigmoid"}), expected, rtol=1e-5)
+
+
+def test_the_table_of_align_your_steps_is_the_published_one() -> None:
+    published = pytest.importorskip("diffusers.schedulers").AysSchedules
+    for name, key in (("sd", "StableDiffusionSigmas"), ("sdxl", "StableDiffusionXLSigmas")):
+        own = schedules.ALIGN_YOUR_STEPS[name]
+        assert list(own) == published[key][: len(own)]

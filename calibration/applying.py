@@ -24,7 +24,7 @@ from latentedge.calibration.requests import requests
 from latentedge.calibration.scene import Target
 from latentedge.calibration.stored import relative_folder, restore, store
 from latentedge.calibration.vectors import with_parity
-from latentedge.runtime.bundle import Bundle
+from latentedge.runtime.bundle import Bundle, Variant
 from latentedge.runtime.errors import LatentEdgeError
 from latentedge.runtime.selection import choose
 
@@ -92,7 +92,9 @@ def apply(
     folder = bundle.variant(plan.component, "fp32")[0].parent
     files = save_graph(model, folder / "model.int8.onnx")
     check_model(str(files[0]))
-    bundle = with_variant(bundle, plan.component, "int8", variant_of(bundle, files))
+    bundle = with_variant(
+        bundle, plan.component, "int8", _same_or_new(bundle, plan.component, variant_of(bundle, files))
+    )
     reporter.progress("gate", 0, 1)
     # The correction belongs to the sampler's loop, which only the denoiser is in.
     corrections = {} if plan.component == DECODER else fit_corrections(bundle, plan, probes, target, reporter)
@@ -106,6 +108,13 @@ def apply(
     store(bundle.path / relative_folder(plan.component), plan, evidence, probes)
     write_manifest(bundle)
     return bundle, Part(plan, records, layers)
+
+
+def _same_or_new(bundle: Bundle, component: str, written: Variant) -> Variant:
+    """What was measured of a graph stays with it where the same graph was written again."""
+    before = bundle.component(component).variants.get("int8")
+    same = before is not None and before.sha256 == written.sha256
+    return dataclasses.replace(written, measured=before.measured) if before is not None and same else written
 
 
 def _with_summary(bundle: Bundle, plan: Plan, layers: tuple[str, ...]) -> Bundle:

@@ -10,7 +10,7 @@ from typing import Any
 from latentedge.calibration import html
 from latentedge.calibration.applying import Outcome, Part
 from latentedge.calibration.plan import INT8, BlockPlan, write_atomically
-from latentedge.calibration.presentation import measured_by_precision, result_of
+from latentedge.calibration.presentation import floors, measured_by_precision, result_of
 
 #: Where a bundle keeps the report.
 FOLDER = Path("reports", "calibration")
@@ -92,11 +92,11 @@ def _precisions(part: Part, choice: tuple[str, str, str]) -> str:
                 html.text(row.get("latency.verdict", "")),
                 _figure(row, "quality.psnr_db", 1, "{:.1f}"),
                 _figure(row, "quality.psnr_worst_db", 1, "{:.1f}"),
-                _figure(row, "quality.floor_mean_db", 1, "{:g}"),
+                html.text(floors(row)) if "quality.psnr_db" in row else "",
             )
         )
-    head = ("precision", "ms", "x reference", "against what it has to beat", "verdict", "PSNR dB", "worst", "floor")
-    return html.table(head, rows, (1, 2, 5, 6, 7))
+    head = ("precision", "ms", "x reference", "against what it has to beat", "verdict", "PSNR dB", "worst", "floors")
+    return html.table(head, rows, (1, 2, 5, 6))
 
 
 def _interval(row: dict[str, Any]) -> str:

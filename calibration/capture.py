@@ -27,8 +27,9 @@ from latentedge.calibration.plan import write_atomically
 from latentedge.calibration.records import Probe, final_latents, pack, unpack
 from latentedge.calibration.requests import requests
 from latentedge.calibration.sharding import Mapper, one_by_one
-from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec
+from latentedge.runtime.bundle import Array, Bundle, Component
 from latentedge.runtime.engines import Engine, EngineOptions
+from latentedge.runtime.engines.null import NullEngine
 from latentedge.runtime.engines.onnxruntime import open_session
 from latentedge.runtime.pipeline import Pipeline
 
@@ -81,17 +82,15 @@ def tapped(placed: Iterable[Placed]) -> dict[str, int]:
     return taps
 
 
-class ObservedEngine(Engine):
+class ObservedEngine(NullEngine):
     """The fp32 denoiser with its activations as further outputs; ``observe`` decides which runs fetch them."""
 
     backend = "onnxruntime"
 
     def __init__(self, component: Component, session: onnxruntime.InferenceSession, taps: Mapping[str, int]) -> None:
-        super().__init__(component, "fp32")
+        super().__init__(component, self._compute)
         self._session = session
         self._taps = dict(taps)
-        self._inputs: dict[str, Array] = {}
-        self._outputs: dict[str, Array] = {}
         self.evaluations = 0
         #: Whether to fetch the activations of an evaluation, by its number since :meth:`begin`.
         self.observe: Callable[[int], bool] = lambda index: False
@@ -117,43 +116,31 @@ class ObservedEngine(Engine):
         arrays = dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
         return {name: arrays[name] if name in arrays else inputs[name] for name in self._taps}
 
-    def _bind(self) -> None:
-        self._inputs.clear()
-        self._outputs.clear()
-
-    def _write(self, spec: TensorSpec, array: Array) -> None:
-        self._inputs[spec.name] = array.copy()
-
-    def _run(self) -> None:
+    def _compute(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         declared = [spec.name for spec in self.component.outputs]
         seen = self.observe(self.evaluations)
-        names = [*declared, *(name for name in self._taps if seen and name not in (*declared, *self._inputs))]
+        names = [*declared, *(name for name in self._taps if seen and name not in (*declared, *inputs))]
         size = self.at_once or len(names)
+        outputs: dict[str, Array] = {}
         for start in range(0, len(names), size):
             part = names[start : start + size]
-            arrays = dict(zip(part, self._session.run(part, self._inputs), strict=True))
-            self._outputs.update({name: arrays[name] for name in declared if name in arrays})
+            arrays = dict(zip(part, self._session.run(part, dict(inputs)), strict=True))
+            outputs.update({name: arrays[name] for name in declared if name in arrays})
             if seen:
-                self._observe_all({**arrays, **(self._inputs if start == 0 else {})})
+                timestep = float(inputs["timestep"][0]) if "timestep" in inputs else 0.0
+                self._observe_all({**arrays, **(inputs if start == 0 else {})}, timestep)
         if self.keep(self.evaluations):
-            inputs = {name: array.copy() for name, array in self._inputs.items()}
-            self.probes.append(Probe(self._sample, self.evaluations, inputs, self._outputs[declared[0]].copy()))
+            kept = {name: array.copy() for name, array in inputs.items()}
+            self.probes.append(Probe(self._sample, self.evaluations, kept, outputs[declared[0]].copy()))
         self.evaluations += 1
+        return outputs
 
-    def _observe_all(self, arrays: Mapping[str, Array]) -> None:
-        timestep = float(self._inputs["timestep"][0]) if "timestep" in self._inputs else 0.0
+    def _observe_all(self, arrays: Mapping[str, Array], timestep: float) -> None:
         for name, array in arrays.items():
             if name in self._taps:
                 axis = self._taps[name]
                 entry = self.statistics.setdefault(name, TensorStatistics.empty(array.shape[axis]))
                 entry.observe(array, axis, timestep)
-
-    def _read(self, spec: TensorSpec) -> Array:
-        return self._outputs[spec.name].copy()
-
-    def _close(self) -> None:
-        self._inputs.clear()
-        self._outputs.clear()
 
 
 def open_observed(bundle: Bundle, component: str, *, outputs: bool, threads: int | None) -> ObservedEngine:

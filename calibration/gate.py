@@ -261,17 +261,26 @@ class _Shot:
 
 
 def with_records(bundle: Bundle, component: str, records: Sequence[Record]) -> Bundle:
-    """The bundle, in memory, with new records in place of older ones of the same kind, backend, precision, machine."""
+    """The bundle, in memory, with new records in place of older ones of the same kind, backend, precision, machine.
+
+    A latency that proved a precision faster stays where the new measurement of the same graph is undecided.
+    """
     found = bundle.component(component)
     variants = dict(found.variants)
     for record in records:
         name = graph_precision(record["precision"])
         identity = {key: record.get(key) for key in ("kind", "backend", "precision", "machine")}
-        others = [
-            old for old in variants[name].measured if any(old.get(key) != value for key, value in identity.items())
-        ]
+        same = [old for old in variants[name].measured if all(old.get(key) == value for key, value in identity.items())]
+        if record.get("verdict") == UNDECIDED and any(_proves(old, record) for old in same):
+            continue
+        others = tuple(old for old in variants[name].measured if old not in same)
         variants[name] = dataclasses.replace(variants[name], measured=(*others, record))
     return Bundle(bundle.path, with_component(bundle.manifest, dataclasses.replace(found, variants=variants)))
+
+
+def _proves(old: Record, new: Record) -> bool:
+    """Whether an older record holds for what is installed now, and shows a gain."""
+    return bool(old.get("library") == new["library"] and old.get("ratio_low", 0.0) > 1)
 
 
 def outputs_of(engine: Engine, probes: Sequence[Probe]) -> list[Array]:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from latentedge.calibration.correct import fit, fit_if_better
-from latentedge.calibration.gate import REFERENCE, Race, holds
+from latentedge.calibration.gate import REFERENCE, Race, holds, with_records
 from latentedge.calibration.latency import ratio, saved
 from latentedge.calibration.metrics import frechet_distance, latent_features, psnr, sqnr, ssim
+from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.correction import Correction
 
 
@@ -128,6 +131,24 @@ def test_what_the_noise_hides_is_undecided_and_is_not_chosen() -> None:
     assert race.decided({**seconds, "int8": times(1.0, 5)})
     slower = race.records({**seconds, "int8": times(3.0, 5)})["int8"]
     assert (slower["verdict"], slower["ratio_high"] < 1) == ("slower", True)
+
+
+def test_what_was_proven_stays_where_a_new_measurement_is_undecided(bundle: Bundle) -> None:
+    def measured(verdict: str, low: float, library: str = "openvino 1") -> dict[str, Any]:
+        known = {"kind": "latency", "backend": "openvino", "precision": "bf16", "machine": "here", "library": library}
+        return {**known, "ratio": low + 0.1, "ratio_low": low, "reference": "openvino fp32", "verdict": verdict}
+
+    def after(*records: dict[str, Any]) -> list[float]:
+        changed = bundle
+        for record in records:
+            changed = with_records(changed, "unet", [record])
+        return [entry["ratio_low"] for entry in changed.component("unet").variants["fp32"].measured]
+
+    assert after(measured("faster", 1.7), measured("undecided", 0.9)) == [1.7]
+    assert after(measured("faster", 1.7), measured("faster", 1.2)) == [1.2]
+    assert after(measured("faster", 1.7), measured("slower", 0.6)) == [0.6]
+    assert after(measured("undecided", 0.8), measured("undecided", 0.9)) == [0.9]
+    assert after(measured("faster", 1.7), measured("undecided", 0.9, "openvino 2")) == [0.9]
 
 
 def test_both_floors_count() -> None:

@@ -53,6 +53,8 @@ class Engine(ABC):
         #: Whoever relies on its inputs staying written; cleared when the buffers are bound anew.
         self.writer: object | None = None
         self._written: set[str] = set()
+        #: Inputs by name as the bound axes make them: declaration, dtype, shape.
+        self._expected: dict[str, tuple[TensorSpec, np.dtype[Any], tuple[int, ...]]] = {}
         self._bound = False
         self._closed = False
 
@@ -74,16 +76,20 @@ class Engine(ABC):
         self.writer = None
         # A failure leaves the engine unbound, not bound to buffers that are gone.
         self._bound = False
+        self._expected = {
+            spec.name: (spec, np.dtype(spec.dtype), spec.resolve(self.axes)) for spec in self.component.inputs
+        }
         self._bind()
         self._bound = True
 
     def write(self, name: str, array: Array) -> None:
         """Copy an input. Dtype and shape must be exactly what the component declares for the bound axes."""
         self._check_open()
-        spec = self.component.input(name)
-        self._check_bound()
-        expected = spec.resolve(self.axes)
-        if array.dtype != np.dtype(spec.dtype) or array.shape != expected:
+        if not self._bound or name not in self._expected:
+            self.component.input(name)
+            self._check_bound()
+        spec, dtype, expected = self._expected[name]
+        if array.dtype != dtype or array.shape != expected:
             raise UsageError(
                 f"{self.component.name} input {name}: expected {spec.dtype} {list(expected)}, "
                 f"found {array.dtype} {list(array.shape)}."
@@ -105,8 +111,8 @@ class Engine(ABC):
             for name, array in inputs.items():
                 self.write(name, array)
         self._check_bound()
-        missing = [spec.name for spec in self.component.inputs if spec.name not in self._written]
-        if missing:
+        if len(self._written) < len(self._expected):
+            missing = [name for name in self._expected if name not in self._written]
             raise UsageError(f"{self.component.name} cannot run: inputs not written: {', '.join(missing)}.")
         self._run()
         if inputs is None:

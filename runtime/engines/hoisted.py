@@ -85,6 +85,7 @@ class CachedStepEngine(Engine):
         self.backend = full.backend
         self.interval = interval
         self._full, self._shallow, self._last = full, shallow, full
+        self._kept = {spec.name for spec in shallow.component.inputs}
         own = {spec.name for spec in component.outputs}
         self._deep = next(spec.name for spec in full.component.outputs if spec.name not in own)
         #: Evaluations since the deep blocks were computed; ``None``: they were not, for this picture.
@@ -101,7 +102,7 @@ class CachedStepEngine(Engine):
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
         self._full.write(spec.name, array)
-        if self._shallow.component.has_input(spec.name):
+        if spec.name in self._kept:
             self._shallow.write(spec.name, array)
 
     def _run(self) -> None:
@@ -131,6 +132,12 @@ class HoistedEngine(Engine):
         self._conditioning = parts.get("conditioning")
         self._timestep = parts.get("timestep")
         self._parts = [parts[name] for name in PARTS if name in parts]
+        #: Parts by the name of an input whose data they read.
+        self._readers: dict[str, list[Engine]] = {}
+        for engine in self._parts:
+            for spec in engine.component.inputs:
+                if not self._shape_only(engine, spec.name):
+                    self._readers.setdefault(spec.name, []).append(engine)
         self._changed: set[str] = set()
         #: The written timestep, and the one whose results the step holds.
         self._next_timestep = b""
@@ -153,9 +160,8 @@ class HoistedEngine(Engine):
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
         self._changed.add(spec.name)
-        for engine in self._parts:
-            if engine.component.has_input(spec.name) and not self._shape_only(engine, spec.name):
-                engine.write(spec.name, array)
+        for engine in self._readers.get(spec.name, ()):
+            engine.write(spec.name, array)
         if spec.name == "timestep":
             if float(array[0]) >= self._lowest:
                 self._restart()
@@ -187,10 +193,9 @@ class HoistedEngine(Engine):
         return {spec.name: engine.read(spec.name) for spec in engine.component.outputs}
 
     def _pass_on(self, arrays: Mapping[str, Array]) -> None:
-        for engine in self._parts:
-            for name, array in arrays.items():
-                if engine.component.has_input(name):
-                    engine.write(name, array)
+        for name, array in arrays.items():
+            for engine in self._readers.get(name, ()):
+                engine.write(name, array)
 
     def _forget(self) -> None:
         """Results of another conditioning or another binding are of no use."""

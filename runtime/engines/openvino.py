@@ -95,6 +95,8 @@ class OpenVINOEngine(Engine):
         self._cache = cache
         self._compiled: dict[tuple[tuple[str, int], ...], tuple[Any, dict[str, Array]]] = {}
         self._buffers: dict[str, Array] = {}
+        #: Shapes of the outputs for the bound axes.
+        self._declared: dict[str, tuple[int, ...]] = {}
         self._request: Any = None
 
     def _configure(self, options: EngineOptions) -> dict[str, Any]:
@@ -115,6 +117,7 @@ class OpenVINOEngine(Engine):
                 del self._compiled[next(iter(self._compiled))]
             self._compiled[key] = self._compile()
         self._request, self._buffers = self._compiled[key]
+        self._declared = {spec.name: spec.resolve(self.axes) for spec in self.component.outputs}
 
     def _compile(self) -> tuple[Any, dict[str, Array]]:
         """An inference request for the bound axes, and the arrays that it reads its inputs from."""
@@ -153,8 +156,8 @@ class OpenVINOEngine(Engine):
             raise EngineError(f"openvino failed in {self.component.name}: {error}") from error
 
     def _read(self, spec: TensorSpec) -> Array:
-        array = np.array(self._request.get_tensor(spec.name).data, dtype=np.dtype(spec.dtype))
-        expected = spec.resolve(self.axes)
+        array = np.array(self._request.get_tensor(spec.name).data, dtype=spec.dtype)
+        expected = self._declared[spec.name]
         if array.shape != expected:
             raise EngineError(
                 f"{self.component.name} output {spec.name}: declared {list(expected)}, computed {list(array.shape)}."

@@ -131,8 +131,8 @@ def graph_file(bundle: Bundle, component: Component, precision: str) -> Path:
 
 def _build(request: BuildRequest, library: Any, component: Component, key: PlanKey) -> BuildRow:
     folder = engines_folder(request.bundle, request.cache)
-    start = time.perf_counter()
     with build_lock(folder, key, request.notify):
+        start = time.perf_counter()
         stored = stored_plan(folder, key)
         plans: Sequence[CompiledPlan] = ()
         if stored is None:

@@ -57,11 +57,16 @@ BACKENDS: dict[str, Backend] = {
 }  # fmt: skip
 
 
-def backend(name: str) -> Backend:
-    """The backend ``name``, whose library is installed; an error says what to install otherwise."""
+def registered(name: str) -> Backend:
+    """The entry of a backend; :class:`UsageError` lists them where there is none."""
     if name not in BACKENDS:
         raise UsageError(f"there is no backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}.")
-    found = BACKENDS[name]
+    return BACKENDS[name]
+
+
+def backend(name: str) -> Backend:
+    """The backend ``name``, whose library is installed; an error says what to install otherwise."""
+    found = registered(name)
     if not found.installed():
         raise MissingDependencyError(
             f"the backend {name} needs the Python package {found.requires}, which is not installed.",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from latentedge.runtime.engines import BACKENDS
+from latentedge.runtime.engines import registered
 from latentedge.runtime.engines.base import EngineOptions
 from latentedge.runtime.errors import UsageError
 
@@ -23,7 +23,7 @@ def parse_backend(text: str, options: EngineOptions) -> tuple[str, EngineOptions
     name, colon, rest = text.partition(":")
     if not colon:
         return name, options
-    known = BACKENDS[name].settings if name in BACKENDS else ()
+    known = () if name == "auto" else registered(name).settings
     changes: dict[str, Any] = {}
     for entry in rest.split(","):
         key, equals, value = (part.strip() for part in entry.partition("="))

@@ -45,6 +45,7 @@ def test_settings_become_options_and_leave_the_others(text: str, name: str, chan
         ("tensorrt:device=1,", "has no setting ''"),
         ("tensorrt:threads=2", "has no setting 'threads=2'"),
         ("openvino:cuda_graph=on", "'openvino' has no setting"),
+        ("tensorrrt:device=1", "there is no backend 'tensorrrt'"),
         ("auto:device=1", "'auto' has no setting 'device=1'; it has none"),
         ("tensorrt:cuda_graph=yes", "the setting cuda_graph is on or off, found 'yes'"),
         ("tensorrt:device=-1", "the setting device is 1 or gpu:1 or cpu, found '-1'"),

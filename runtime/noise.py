@@ -165,6 +165,11 @@ class NoiseStream:
         make = (lambda s: TorchCuda(s, threads)) if kind == "cuda" else STREAMS[kind]
         self._streams = [make(s) for s in seeds]
 
+    @property
+    def shared(self) -> bool:
+        """Whether one stream fills the whole batch."""
+        return not self._each
+
     def normal(self, shape: tuple[int, ...]) -> Array:
         """The next draw, float32 of ``shape`` [N, ...]; N must be the number of seeds where a list was given."""
         if not self._each:

@@ -206,6 +206,15 @@ class Pipeline:
         strength = full if request.strength is None else request.strength
         if manifest.conditioning.guidance_embedding is not None and 0 < strength < 1:
             schedule.setdefault("strength", strength)  # a distilled model's own schedule is cut instead of its steps
+        draws = NoiseStream(request.rng, seed) if request.noise is None else Recorded(request.noise)
+        rows = count
+        if (
+            pictures is not None
+            and isinstance(draws, NoiseStream)
+            and draws.shared
+            and schedule["dialect"] != "compvis"
+        ):
+            rows = max(len(pictures), 1 if mask is None else len(mask))  # as the original, which encodes what is given
         return Run(
             request=request,
             count=count,
@@ -216,9 +225,9 @@ class Pipeline:
             image_guidance_scale=float(image_scale),
             strength=float(strength),
             eta=defaults.eta if request.eta is None else request.eta,
-            draws=NoiseStream(request.rng, seed) if request.noise is None else Recorded(request.noise),
-            pictures=None if pictures is None else repeated(pictures, count, "image"),
-            mask=None if mask is None else repeated(mask, count, "mask"),
+            draws=draws,
+            pictures=None if pictures is None else repeated(pictures, rows, "image"),
+            mask=None if mask is None else repeated(mask, rows, "mask"),
             tile=sizes.tile_of(self._bundle, request),
             timings={"seed": seed},
         )
@@ -286,11 +295,13 @@ class Pipeline:
         assert run.pictures is not None
         encoder = self.engine("vae_encoder")
         encoded = autoencoder.encode(encoder, manifest.latent, run.pictures, run.draws, tile=run.tile)
+        encoded = repeated(encoded, run.count, "image")
         noise = self._initial_noise(request, shape, run.draws)
         begin = plan.begin(run.strength)
         known = (encoded, noise) if run.mask is not None and not takes_picture else None
         if known is not None and run.schedule["dialect"] != "compvis" and manifest.latent.encoding == "kl":
-            run.draws.normal(shape)  # the original draws for the masked picture too, which only nine channels take
+            # The original draws for the masked picture too, which only nine channels take.
+            run.draws.normal((len(run.pictures), *shape[1:]))
         if known is not None and (run.strength == 1 or request.latents is not None):
             return np.asarray(noise * np.float32(plan.init_noise_sigma), np.float32), begin, known
         return plan.noised_start(encoded, noise, begin), begin, known
@@ -361,7 +372,7 @@ class Pipeline:
         """Put the noised picture back outside of the mask after every step (a model without a mask input)."""
         assert run.mask is not None
         plan = samplers.prepare(run.schedule, run.sampler, run.steps)
-        paint = images.resize_nearest(run.mask, *encoded.shape[2:])[:, None]
+        paint = repeated(images.resize_nearest(run.mask, *encoded.shape[2:])[:, None], len(encoded), "mask")
         replaced: Array | None = None
         while True:
             try:

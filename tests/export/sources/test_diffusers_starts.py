@@ -10,10 +10,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import diffusers
+import numpy as np
 import torch
 
 from latentedge.runtime.errors import UsageError
-from tests.export.sources.diffusers_running import Recorder, recorder
+from tests.export.sources.diffusers_running import Recorder, Spy, recorder
 from tests.export.sources.test_diffusers_pictures import TEXT, Case, _Models, compare, mask, picture
 
 __all__ = ["recorder"]
@@ -73,6 +74,35 @@ def test_the_same_picture(name: str, made: dict[str, Any], recorder: Recorder) -
         compare(case, theirs, ours, recorder)
     finally:
         theirs.scheduler = before
+
+
+@pytest.mark.parametrize(
+    ("model", "call", "size"),
+    [
+        ("sd", {}, SIZE),
+        ("img2img", {"image": picture(), "strength": 0.7}, {}),
+        ("inpaint4", {"image": picture(), "mask_image": mask(), "strength": 0.7}, SIZE),
+        ("inpaint9", {"image": picture(), "mask_image": mask()}, SIZE),
+    ],
+)
+def test_one_seed_draws_the_same_two_pictures(
+    model: str, call: dict[str, Any], size: dict[str, int], made: dict[str, Any]
+) -> None:
+    """No noise is given: the stream itself and the order of its draws are compared, a stochastic sampler included."""
+    theirs, ours = made[model]
+    spy, before = Spy(theirs.vae, ours.bundle.latent.scale_factor), theirs.scheduler
+    theirs.scheduler = SCHEDULERS["EulerAncestralDiscreteScheduler"](**BETAS)
+    generator = torch.Generator().manual_seed(11)
+    try:
+        theirs(**TEXT, **call, **size, num_inference_steps=3, num_images_per_prompt=2, generator=generator)
+    finally:
+        theirs.scheduler = before
+    own = {"mask" if key == "mask_image" else key: value for key, value in call.items()}
+    schedule = {**BETAS, "_class_name": "EulerAncestralDiscreteScheduler"}
+    found = ours.generate(**TEXT, **own, **size, steps=3, batch_size=2, seed=11, schedule=schedule).latents
+    assert spy.latents is not None
+    assert found.shape == spy.latents.shape
+    assert np.abs(found - spy.latents).max() <= 2e-4 * np.abs(spy.latents).max()
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.8, 4), (0.5, 2), (0.1, 4)])

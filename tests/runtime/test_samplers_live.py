@@ -88,20 +88,32 @@ def test_random_configurations_give_the_samples_of_diffusers(name: str) -> None:
             except (AssertionError, IndexError, NotImplementedError, RuntimeError, UnboundLocalError, ValueError):
                 continue  # what diffusers refuses, or fails on, proves nothing
         compared += 1
-        told = f"{config} {steps} steps {arguments}"
-        options = dict(arguments)
-        eta, schedule = options.pop("eta", None), {**config, "_class_name": name}
-        plan = samplers.prepare(schedule, None, steps, **options)
-        np.testing.assert_array_equal(plan.timesteps, expected["timesteps"], told, strict=True)
-        if "sigmas" in expected:
-            np.testing.assert_array_equal(plan.sigmas, expected["sigmas"], told, strict=True)
-        assert float(plan.init_noise_sigma) == float(expected["init_noise_sigma"]), told
-        samples, noise = expected["samples"], expected.get("noise")
-        run = samplers.sample(model, samples[0], schedule, None, steps, eta=eta, noise=noise, **options)
-        for step, sample in zip(run, samples[1:], strict=True):
-            if not np.isfinite(sample).all():  # documented: there this gives a number
-                break
-            assert np.abs(step.latents - sample).max() <= 1e-5 * np.abs(sample).max(), f"{told} at {step.index}"
+        compare(name, config, steps, arguments, expected)
+
+
+def compare(name: str, config: dict[str, Any], steps: int, arguments: dict[str, Any], expected: Any) -> None:
+    """Timesteps and sigmas exactly, samples within 1e-5."""
+    told = f"{config} {steps} steps {arguments}"
+    options = dict(arguments)
+    eta, schedule = options.pop("eta", None), {**config, "_class_name": name}
+    plan = samplers.prepare(schedule, None, steps, **options)
+    np.testing.assert_array_equal(plan.timesteps, expected["timesteps"], told, strict=True)
+    if "sigmas" in expected:
+        np.testing.assert_array_equal(plan.sigmas, expected["sigmas"], told, strict=True)
+    assert float(plan.init_noise_sigma) == float(expected["init_noise_sigma"]), told
+    samples, noise = expected["samples"], expected.get("noise")
+    run = samplers.sample(model, samples[0], schedule, None, steps, eta=eta, noise=noise, **options)
+    for step, sample in zip(run, samples[1:], strict=True):
+        if not np.isfinite(sample).all():  # documented: there this gives a number
+            break
+        assert np.abs(step.latents - sample).max() <= 1e-5 * np.abs(sample).max(), f"{told} at {step.index}"
+
+
+@pytest.mark.parametrize("steps", [3, 10, 14, 15])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"])
+def test_runs_below_fifteen_steps_end_in_a_lower_order(name: str, steps: int) -> None:
+    config = {"final_sigmas_type": "sigma_min"} if name.startswith("DPM") else {}
+    compare(name, config, steps, {}, from_diffusers((name, config, steps, {})))
 
 
 @pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "SCMScheduler", "DDIMInverseScheduler", "RePaintScheduler"])

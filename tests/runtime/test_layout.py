@@ -59,7 +59,7 @@ def test_modifiers_add_multiples_of_the_number_of_classes(modifiers: dict[str, b
         ([{**OBJECT, "category": True}], "class number from 0, found True"),
         ([OBJECT, {**OBJECT, "box": [0, 0, 1.1, 1]}], "object 1: the box .* is not inside the picture"),
         ([{**OBJECT, "box": [0.5, 0, 0.5, 1]}], "is not inside the picture"),
-        ([{**OBJECT, "inside": True}], "class token 25 is not below 15"),
+        ([{**OBJECT, "inside": True}], "go from 0 to 14, found 25"),
     ],
 )
 def test_an_object_that_does_not_fit_is_named(objects: list[dict[str, Any]], message: str) -> None:

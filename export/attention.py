@@ -7,6 +7,7 @@ operators, which every library knows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,14 +176,14 @@ class _Builder:
         self._count = 0
 
     def node(
-        self, operator: str, inputs: list[ir.Value | None], attributes: object = None, domain: str = ""
+        self, operator: str, inputs: Sequence[ir.Value | None], attributes: object = None, domain: str = ""
     ) -> ir.Value:
         return self.nodes(operator, inputs, attributes, domain)[0]
 
     def nodes(
         self,
         operator: str,
-        inputs: list[ir.Value | None],
+        inputs: Sequence[ir.Value | None],
         attributes: object = None,
         domain: str = "",
         outputs: int = 1,
@@ -266,7 +267,7 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of ``old`` read ``new``; an output of the graph keeps its name."""
-    new.shape, new.dtype = old.shape, old.dtype
+    new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
         old.name, new.name = f"{old.name}/replaced", old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -10,6 +10,7 @@ anything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import subprocess
 import sys
@@ -203,8 +204,9 @@ def _ratios(plain: Path, fused: Path, inputs: Mapping[str, Array]) -> Array:
         sessions = {"plain": first, "fused": second}
         for session in sessions.values():
             _run(session, inputs)
-        seconds = in_turns({name: lambda session=session: _run(session, inputs) for name, session in sessions.items()})
-    return np.array(seconds["plain"]) / np.array(seconds["fused"])
+        seconds = in_turns({name: functools.partial(_run, session, inputs) for name, session in sessions.items()})
+    ratios: Array = np.array(seconds["plain"]) / np.array(seconds["fused"])
+    return ratios
 
 
 #: Run in a process of its own, whose peak is the graph's.
@@ -227,7 +229,8 @@ def _peak(path: Path, inputs: Mapping[str, Array], scratch: Path) -> int:
     """Bytes that a process holds at most while it loads a copy and runs it once."""
     arrays = scratch / "inputs.npz"
     if not arrays.is_file():
-        np.savez(arrays, **dict(inputs))
+        named: dict[str, Any] = dict(inputs)
+        np.savez(arrays, **named)
     command = [sys.executable, "-c", _PEAK, str(path), str(arrays)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

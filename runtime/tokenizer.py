@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,7 +24,7 @@ class PromptTokenizer:
             )
         path = bundle.file(record.path)
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = _loaded(str(path), path.stat().st_mtime_ns)
         except Exception as error:
             raise BundleError(f"{path} is no tokenizer: {error}.", hint="export the checkpoint again") from error
         self.length = record.length
@@ -52,3 +53,9 @@ class PromptTokenizer:
         plain = normalizer.normalize_str(character) if normalizer is not None else character
         pieces = (form for symbol in plain for form in (symbol, f"##{symbol}", f"{symbol}</w>"))
         return not plain.strip() or any(self._tokenizer.token_to_id(piece) is not None for piece in pieces)
+
+
+@lru_cache(maxsize=4)
+def _loaded(path: str, changed: int) -> Tokenizer:
+    """The tokenizer of a file, read once; ``changed`` (nanoseconds) tells another state of the file apart."""
+    return Tokenizer.from_file(path)

@@ -39,10 +39,10 @@ def picture_count(request: Request, pictures: Array | None) -> int:
     ids = request.prompt_ids
     # Two text encoders take two arrays.
     ids = ids[0] if isinstance(ids, (list, tuple, np.ndarray)) and len(ids) > 0 and np.ndim(ids[0]) == 2 else ids
-    hidden = request.encoder_hidden_states
-    rows = (request.prompt, request.class_label, request.seed)
+    rows: tuple[Any, ...] = (request.prompt, request.class_label, request.seed)
+    arrays: tuple[Any, ...] = (ids, request.encoder_hidden_states, request.embeddings, pictures)
     lengths = [len(value) for value in rows if np.ndim(value) == 1]
-    lengths += [len(array) for array in (ids, hidden, request.embeddings, pictures) if np.ndim(array) > 1]
+    lengths += [len(array) for array in arrays if np.ndim(array) > 1]
     if request.semantic_map is not None and np.ndim(request.semantic_map) == 3:
         lengths.append(len(request.semantic_map))
     return max(lengths, default=1) * (request.batch_size or 1)

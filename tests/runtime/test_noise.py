@@ -106,3 +106,9 @@ def test_numpys_stream_is_its_default_generator() -> None:
 def test_what_is_refused(arguments: tuple[str, Any], shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         NoiseStream(*arguments).normal(shape)
+
+
+def test_the_counter_of_the_cuda_stream_has_64_bits() -> None:
+    first, later = TorchCuda(3), TorchCuda(3)
+    later._offset = 1 << 32
+    assert np.abs(first.draw(8) - later.draw(8)).max() > 0.1

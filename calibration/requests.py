@@ -72,7 +72,11 @@ def _steering(bundle: Bundle, text: str, index: int, generator: np.random.Genera
     if kind == "text":
         if all(encoder.tokenizer is not None for encoder in conditioning.encoders) and conditioning.encoders:
             return {"prompt": text}
-        return {"prompt_ids": [_random_ids(bundle, encoder.component, generator) for encoder in conditioning.encoders]}
+        # The unconditional branch of a guided model needs ids as well.
+        return {
+            name: [_random_ids(bundle, encoder.component, generator) for encoder in conditioning.encoders]
+            for name in ("prompt_ids", "negative_prompt_ids")
+        }
     if kind == "class":
         return {"class_label": int(generator.integers(conditioning.classes or 1))}
     if kind == "layout":

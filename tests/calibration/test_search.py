@@ -15,7 +15,7 @@ from latentedge.calibration.requests import captions, requests, vocabulary
 from latentedge.calibration.scene import Target
 from latentedge.calibration.search import Search, SearchResult, SearchSettings, channel_correction
 from latentedge.calibration.sensitivity import choose_blocks
-from latentedge.runtime.bundle import Bundle
+from latentedge.runtime.bundle import Bundle, TensorSpec, TextEncoder
 from latentedge.runtime.errors import UsageError
 from tests.calibration.graphs import Builder, _model, write_bundle
 
@@ -177,6 +177,19 @@ def test_a_text_encoder_without_a_tokenizer_gets_ids_of_its_vocabulary(bundle: B
     model = ir.from_proto(_model(b, {"input_ids": ["batch", 5]}, "hidden"))
     ir.save(model, bundle.path / "vae_decoder" / "model.onnx")
     assert vocabulary(bundle, "vae_decoder") == 99
+    # Both branches of a guided model get ids.
+    manifest = bundle.manifest
+    taken = (TensorSpec("input_ids", "int64", ("batch", 5)),)
+    encoder = dataclasses.replace(manifest.components["vae_decoder"], inputs=taken)
+    conditioning = dataclasses.replace(
+        manifest.conditioning, cross_attention="text", encoders=(TextEncoder("vae_decoder", None),)
+    )
+    components = {**manifest.components, "vae_decoder": encoder}
+    changed = dataclasses.replace(manifest, conditioning=conditioning, components=components)
+    (made,) = requests(Bundle(bundle.path, changed), 1, 5)
+    for name in ("prompt_ids", "negative_prompt_ids"):
+        (ids,) = made[name]
+        assert (ids.shape, ids.dtype, ids.max() < 99) == ((1, 5), np.dtype(np.int64), True)
 
 
 def test_a_tensorrt_compiler_takes_the_graph(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

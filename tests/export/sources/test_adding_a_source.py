@@ -55,3 +55,10 @@ def test_the_example_exports(tmp_path: Path) -> None:
         sample = torch.from_numpy(picture).permute(0, 3, 1, 2) * 2 - 1
         expected = networks["vae_decoder"](networks["vae_encoder"](sample)) / 2 + 0.5
     np.testing.assert_allclose(found, expected.clamp(0, 1).permute(0, 2, 3, 1).numpy(), atol=1e-5)
+
+
+def test_what_is_missing_and_what_is_not_known_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(LatentEdgeError, match=r"there is no .*nothing\.ckpt\."):
+        sources.load_source(tmp_path / "nothing.ckpt", SourceOptions())
+    with pytest.raises(LatentEdgeError, match="is no checkpoint that latentedge reads"):
+        sources.load_source(tmp_path, SourceOptions())

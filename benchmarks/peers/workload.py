@@ -89,6 +89,7 @@ def write(name: str, folder: Path) -> None:
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     write_vocabulary(folder / "tokenizer")
+    name_as_published(folder / "text_encoder" / "model.safetensors")
 
 
 def _tokenizer() -> Any:
@@ -108,6 +109,19 @@ def write_vocabulary(folder: Path) -> None:
     vocabulary = json.dumps({word: index for index, word in enumerate(words)})
     (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+
+
+def name_as_published(path: Path) -> None:
+    """Give a CLIP text encoder's tensors the names of published checkpoints, which begin with ``text_model.``.
+
+    transformers 5 reads them and writes none; stable-diffusion.cpp knows a Stable Diffusion 1 by them.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    written = path.with_suffix(".renamed")
+    save_file(tensors, written, metadata={"format": "pt"})
+    written.replace(path)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ WHITE_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Corpus:
-    """Scaled latents float32 [concepts, styles, backgrounds, 4, 16, 16], what they show, and what is held out."""
+    """Scaled latents float32 [concepts, styles, backgrounds, channels, 16, 16]; what they show; what is held out."""
 
     latents: Tensor
     concepts: list[Concept]
@@ -38,7 +38,7 @@ class Corpus:
     def batch(
         self, count: int, random: np.random.Generator, dropped: float = DROPPED_CONDITIONS
     ) -> tuple[Tensor, Tensor]:
-        """Random seen combinations and one of their captions: latents [count, 4, 16, 16], ids [count, tokens]."""
+        """Random seen combinations, a caption each: latents [count, channels, 16, 16], ids [count, tokens]."""
         names, white = list(BACKGROUNDS), list(BACKGROUNDS).index(DEFAULT_BACKGROUND)
         places: list[tuple[int, int, int]] = []
         sentences: list[str] = []

@@ -23,7 +23,7 @@ class Denoiser(nn.Module):
         self.text_encoder = training.build(parameters["cond_stage_config"])
 
     def forward(self, latents: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
-        """Denoiser output for latents [batch, 4, 16, 16], timesteps [batch] and token ids [batch, tokens]."""
+        """Denoiser output for latents [batch, channels, 16, 16], timesteps [batch] and token ids [batch, tokens]."""
         result: Tensor = self.unet(latents, timesteps, self.text_encoder(input_ids))
         return result
 
@@ -75,7 +75,7 @@ def draw(
     for start in range(0, len(sentences), batch_size):
         some = sentences[start : start + batch_size]
         ids = torch.from_numpy(encode(tokenizer, [""] * len(some) + some))
-        noise = random.standard_normal((len(some), 4, 16, 16)).astype(np.float32)
+        noise = random.standard_normal((len(some), parameters["channels"], 16, 16)).astype(np.float32)
         latents = draw_latents(
             denoiser, ids, noise, schedule, sampler=sampler, steps=steps, guidance_scale=guidance_scale
         )

@@ -1,7 +1,7 @@
 """Latents computed once: ``python -m examples.emoji.latents FOLDER`` writes FOLDER/latents.npz.
 
-``latents`` float16 [concepts, styles, backgrounds, 4, 16, 16], unscaled means of the posterior; ``scale_factor``, one
-over their standard deviation.
+``latents`` float16 [concepts, styles, backgrounds, channels, 16, 16], unscaled means of the posterior; ``scale_factor``,
+one over their standard deviation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load_first_stage(folder: Path, kind: str = "kl") -> Any:
 
 @torch.no_grad()
 def encode_all(network: Any, own: np.ndarray) -> np.ndarray:
-    """float16 latents [concepts, styles, backgrounds, 4, 16, 16] of ``own`` on every background."""
+    """float16 latents [concepts, styles, backgrounds, channels, 16, 16] of ``own`` on every background."""
     rows = []
     for concept in track(own, "latents"):
         composed = compose(concept[:, None], background_colours()[None])

@@ -67,7 +67,7 @@ class DenoiserTrainer:
         )
 
     def step(self, latents: Tensor, input_ids: Tensor) -> float:
-        """Train on scaled latents [batch, 4, 16, 16] and token ids [batch, tokens]; returns the denoiser's loss."""
+        """Train on scaled latents [batch, channels, 16, 16] and token ids [batch, tokens]; returns its loss."""
         session = self.session
         optimiser = session.optimisers["denoiser"]
         training.set_learning_rate(optimiser, session.pace.learning_rate(self.peak))

@@ -26,7 +26,7 @@ PATCHES, PATCH = 4, 4
 class TextEncoderWithHead(nn.Module):
     """The text encoder, and the linear layer that reads one patch of the latent from each of its first tokens."""
 
-    def __init__(self, text_encoder: nn.Module, width: int, channels: int = 4) -> None:
+    def __init__(self, text_encoder: nn.Module, width: int, channels: int) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.head = nn.Linear(width, channels * PATCH * PATCH)
@@ -63,7 +63,7 @@ class TextEncoderTrainer:
         )
 
     def step(self, latents: Tensor, input_ids: Tensor) -> float:
-        """Train on scaled latents [batch, 4, 16, 16] and token ids; returns the mean squared error."""
+        """Train on scaled latents [batch, channels, 16, 16] and token ids; returns the mean squared error."""
         session = self.session
         optimiser = session.optimisers["module"]
         training.set_learning_rate(optimiser, session.pace.learning_rate(self.peak))
@@ -81,23 +81,31 @@ class TextEncoderTrainer:
 
 def build_text_encoder() -> TextEncoderWithHead:
     """The configuration's text encoder with a head, initial weights."""
-    stage = training.read_config()["cond_stage_config"]
-    return TextEncoderWithHead(training.build(stage), stage["params"]["n_embed"])
+    parameters = training.read_config()
+    stage = parameters["cond_stage_config"]
+    return TextEncoderWithHead(training.build(stage), stage["params"]["n_embed"], parameters["channels"])
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--minutes", default=6.0, help="Wall-clock time of the whole run.")
+@click.option("--weights", type=click.Path(path_type=Path, exists=True), help="Start from what fits of these.")
 @click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1.5e-3)
 @click.option("--threads", default=2)
 @click.option("--bf16/--fp32", default=True)
-def main(folder: Path, minutes: float, batch_size: int, learning_rate: float, threads: int, bf16: bool) -> None:
+def main(
+    folder: Path, minutes: float, weights: Path | None, batch_size: int, learning_rate: float, threads: int, bf16: bool
+) -> None:
     """Train the text encoder on FOLDER/latents.npz."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     corpus, _ = corpus_of(folder)
-    trainer = TextEncoderTrainer(build_text_encoder(), training.Pace(minutes=minutes), peak=learning_rate, bf16=bf16)
+    module = build_text_encoder()
+    if weights is not None:
+        fresh = training.load_fitting(module, torch.load(weights, weights_only=True))
+        click.echo(f"{len(fresh)} tensors of the text encoder start anew")
+    trainer = TextEncoderTrainer(module, training.Pace(minutes=minutes), peak=learning_rate, bf16=bf16)
     session, state = trainer.session, folder / "text_encoder.state.pt"
     session.resume(state)
     columns = (*Progress.get_default_columns(), TextColumn("step {task.fields[step]} error {task.fields[error]:.4f}"))

@@ -39,6 +39,7 @@ FIRST_STAGES = {
 }
 PARAMETERS = {
     **training.read_config(),
+    "channels": 4,
     "unet_config": {
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "params": {
@@ -129,7 +130,7 @@ def _denoiser(steps: int) -> DenoiserTrainer:
     denoiser = Denoiser(PARAMETERS)
     return DenoiserTrainer(
         denoiser,
-        TextEncoderWithHead(denoiser.text_encoder, 32),
+        TextEncoderWithHead(denoiser.text_encoder, 32, 4),
         diffusion.alphas_cumprod(PARAMETERS),
         training.Pace(steps=steps),
         peak=4e-3,
@@ -146,7 +147,7 @@ def test_denoiser_learns() -> None:
 
 
 def test_text_encoder_learns_what_captions_look_like() -> None:
-    module = TextEncoderWithHead(training.build(PARAMETERS["cond_stage_config"]), 32)
+    module = TextEncoderWithHead(training.build(PARAMETERS["cond_stage_config"]), 32, 4)
     trainer = TextEncoderTrainer(module, training.Pace(steps=60), peak=1e-2, bf16=False)
     corpus = _corpus()
     fixed = corpus.batch(8, trainer.session.random, dropped=0.0)

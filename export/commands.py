@@ -139,4 +139,7 @@ def lora_from(text: str) -> tuple[Path, float]:
     try:
         return Path(file), float(weight)
     except ValueError as error:
-        raise UsageError(f"--lora takes FILE or FILE:WEIGHT such as style.safetensors:0.8, found {text!r}.") from error
+        raise UsageError(
+            f"--lora takes FILE or FILE:WEIGHT, found {text!r}.",
+            hint="the weight is a number: `--lora style.safetensors:0.8`",
+        ) from error

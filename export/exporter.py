@@ -80,7 +80,9 @@ def check_precisions(precisions: tuple[str, ...]) -> None:
     if unknown or not precisions:
         raise UsageError(
             f"export writes the precisions {', '.join(PRECISIONS)}, found {', '.join(unknown) or 'none'}.",
-            hint="int8 is written by `latentedge calibrate BUNDLE`" if "int8" in unknown else None,
+            hint="int8 is written by `latentedge calibrate BUNDLE`"
+            if "int8" in unknown
+            else "name one or both, as in `--precision fp32,fp16`",
         )
 
 

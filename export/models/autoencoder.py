@@ -7,7 +7,7 @@ Module names are those of the CompVis checkpoints (``ldm/modules/diffusionmodule
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -67,6 +67,26 @@ class AttnBlock(nn.Module):
         return result
 
 
+class LinearAttnBlock(nn.Module):
+    """Single-head attention whose keys are normalised over the pixels first (arXiv:1812.01243); no norm, no residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.to_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, channels, height, width] to the same shape."""
+        query, key, value = self.to_qkv(x).flatten(2).chunk(3, dim=1)
+        context = torch.softmax(key, dim=-1) @ value.transpose(1, 2)
+        result: Tensor = self.to_out((context.transpose(1, 2) @ query).reshape(x.shape))
+        return result
+
+
+#: What stands where a configuration asks for attention, by its ``attn_type``.
+ATTENTION: dict[str, type[nn.Module] | None] = {"vanilla": AttnBlock, "linear": LinearAttnBlock, "none": None}
+
+
 class Downsample(nn.Module):
     """Half the size: a stride-2 convolution padded at the right and bottom only, or a mean of 2x2."""
 
@@ -91,7 +111,7 @@ class _Level(nn.Module):
         channels: int,
         blocks: int,
         dropout: float,
-        attention: bool,
+        attention: type[nn.Module] | None,
         **resample: nn.Module | None,
     ) -> None:
         """``resample``: "downsample" or "upsample" by name, ``None`` at the level without one."""
@@ -99,7 +119,7 @@ class _Level(nn.Module):
         self.block = nn.ModuleList(
             ResnetBlock(in_channels if index == 0 else channels, channels, dropout) for index in range(blocks)
         )
-        self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
+        self.attn = nn.ModuleList(attention(channels) for _ in range(blocks) if attention is not None)
         for name, module in resample.items():
             self.add_module(name, module)
 
@@ -115,10 +135,10 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float, attention: bool) -> None:
+    def __init__(self, channels: int, dropout: float, attention: type[nn.Module] | None) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
+        self.attn_1 = nn.Identity() if attention is None else attention(channels)
         self.block_2 = ResnetBlock(channels, channels, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,9 +166,16 @@ class StageConfig:
     tanh_out: bool = False
     give_pre_end: bool = False
 
+    @classmethod
+    def of(cls, ddconfig: Mapping[str, Any]) -> StageConfig:
+        """From a YAML's mapping; ``KeyError`` for a field that has no default, ``UsageError`` for an unknown one."""
+        known = {entry.name: entry for entry in fields(cls)}
+        refuse_unknown("a first stage's ddconfig", {name: None for name in ddconfig if name not in known})
+        needed = [name for name, entry in known.items() if entry.default is MISSING or name in ddconfig]
+        return cls(**{name: ddconfig[name] for name in needed})
+
     def __post_init__(self) -> None:
-        require_value("a first stage's ddconfig", "attn_type", self.attn_type, "vanilla", "none")
-        require_value("a first stage's ddconfig", "use_linear_attn", self.use_linear_attn, False)
+        require_value("a first stage's ddconfig", "attn_type", self.attn_type, *ATTENTION)
         require_value("a first stage's ddconfig", "give_pre_end", self.give_pre_end, False)
 
     @property
@@ -156,9 +183,14 @@ class StageConfig:
         """Channels that the encoder gives."""
         return 2 * self.z_channels if self.double_z else self.z_channels
 
-    def attends(self, level: int) -> bool:
-        """Whether a level, 0 being full resolution, has attention."""
-        return self.attn_type != "none" and self.resolution // 2**level in self.attn_resolutions
+    @property
+    def attention(self) -> type[nn.Module] | None:
+        """What attends; ``None`` without attention."""
+        return ATTENTION["linear" if self.use_linear_attn else self.attn_type]
+
+    def attention_at(self, side: int) -> type[nn.Module] | None:
+        """What attends at a nominal ``side``."""
+        return self.attention if side in self.attn_resolutions else None
 
 
 class Encoder(nn.Module):
@@ -172,10 +204,11 @@ class Encoder(nn.Module):
         for level, multiple in enumerate(config.ch_mult):
             channels, last = config.ch * multiple, level == len(config.ch_mult) - 1
             resample = None if last else Downsample(channels, config.resamp_with_conv)
-            arguments = (width, channels, config.num_res_blocks, config.dropout, config.attends(level))
+            attention = config.attention_at(config.resolution // 2**level)
+            arguments = (width, channels, config.num_res_blocks, config.dropout, attention)
             self.down.append(_Level(*arguments, downsample=resample))
             width = channels
-        self.mid = _Middle(width, config.dropout, config.attn_type != "none")
+        self.mid = _Middle(width, config.dropout, config.attention)
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, config.encoded_channels, 3, padding=1)
 
@@ -197,12 +230,15 @@ class Decoder(nn.Module):
         self.tanh_out = config.tanh_out
         width = config.ch * config.ch_mult[-1]
         self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
-        self.mid = _Middle(width, config.dropout, config.attn_type != "none")
+        self.mid = _Middle(width, config.dropout, config.attention)
+        # A resolution that halving rounds is doubled back from the lowest one, as in the original.
+        lowest = config.resolution // 2 ** (len(config.ch_mult) - 1)
         levels: list[nn.Module] = []
         for level in reversed(range(len(config.ch_mult))):
             channels = config.ch * config.ch_mult[level]
             resample = Upsample(channels, config.resamp_with_conv) if level > 0 else None
-            arguments = (width, channels, config.num_res_blocks + 1, config.dropout, config.attends(level))
+            attention = config.attention_at(lowest * 2 ** (len(config.ch_mult) - 1 - level))
+            arguments = (width, channels, config.num_res_blocks + 1, config.dropout, attention)
             levels.insert(0, _Level(*arguments, upsample=resample))
             width = channels
         self.up = nn.ModuleList(levels)
@@ -250,7 +286,7 @@ class FirstStage(nn.Module):
 
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, encoded_width: int) -> None:
         super().__init__()
-        config = StageConfig(**ddconfig)
+        config = StageConfig.of(ddconfig)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(config.encoded_channels, encoded_width, 1)
@@ -290,7 +326,10 @@ class AutoencoderKL(FirstStage):
 
 
 class VQModel(FirstStage):
-    """Autoencoder with a codebook (arXiv:2012.09841); ``encode`` quantises and ``decode`` takes codewords."""
+    """Autoencoder with a codebook (arXiv:2012.09841); ``encode`` quantises and ``decode`` takes codewords.
+
+    ``remap`` and ``sane_index_shape`` concern the codewords' numbers only, which nothing here reads.
+    """
 
     def __init__(
         self,
@@ -303,7 +342,6 @@ class VQModel(FirstStage):
         **training_only: object,
     ) -> None:
         refuse_unknown(type(self).__name__, training_only)
-        require_value(type(self).__name__, "remap", remap, None)
         super().__init__(ddconfig, embed_dim, embed_dim)
         self.quantize = VectorQuantiser(n_embed, embed_dim)
 

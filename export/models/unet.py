@@ -145,6 +145,12 @@ class _Attention:
         by_width = self.num_head_channels != -1
         heads = channels // self.num_head_channels if by_width else self.num_heads
         if not self.spatial_transformer:
+            if heads < 1 or channels % heads or (by_width and channels % self.num_head_channels):
+                raise UsageError(
+                    f"UNetModel: a level's {channels} channels cannot be split into "
+                    + (f"attention heads of {self.num_head_channels}." if by_width else f"{heads} attention heads."),
+                    hint="num_heads and num_head_channels of unet_config must divide every level's channels.",
+                )
             return AttentionBlock(channels, heads, self.new_order)
         head_width = self.num_head_channels if by_width and not self.legacy else channels // heads
         return SpatialTransformer(channels, heads, head_width, self.depths[level], self.context_width, self.linear)

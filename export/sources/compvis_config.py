@@ -19,6 +19,7 @@ DIFFUSION_TARGETS = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": "latent",
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": "inpaint",
 }
+CORRECT = "correct this line of the YAML, or take the YAML that was published with the checkpoint."
 FIRST_STAGE_TARGETS = (
     "ldm.models.autoencoder.AutoencoderKL",
     "ldm.models.autoencoder.VQModel",
@@ -130,7 +131,7 @@ def parse_config(data: Any, name: str) -> ModelConfig:
     model = network_config(data.get("model") if isinstance(data, Mapping) else None, f"{name}: model")
     extras = data.get("latentedge", {})
     if not isinstance(extras, dict):
-        raise UsageError(f"{name}: latentedge must be a mapping, found {type(extras).__name__}.")
+        raise UsageError(f"{name}: latentedge must be a mapping, found {type(extras).__name__}.", hint=CORRECT)
     if model.target in FIRST_STAGE_TARGETS:
         return ModelConfig(name, None, model, extras)
     if model.target not in DIFFUSION_TARGETS:
@@ -190,10 +191,11 @@ def _converted(value: Any, default: Any, where: str) -> Any:
     if isinstance(default, bool) or default is None:
         expected = bool if isinstance(default, bool) else object
         if not isinstance(value, expected):
-            raise UsageError(f"{where} must be true or false, found {value!r}.")
+            raise UsageError(f"{where} must be true or false, found {value!r}.", hint=CORRECT)
         return tuple(value) if isinstance(value, list) else value
     try:
         converted = type(default)(value)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{where} must be of type {type(default).__name__}, found {value!r}.") from error
+        kind = type(default).__name__
+        raise UsageError(f"{where} must be of type {kind}, found {value!r}.", hint=CORRECT) from error
     return converted

@@ -43,6 +43,8 @@ BUFFERS = frozenset(
     }
 )
 IGNORED_PREFIXES = ("loss.", AVERAGED, f"{FIRST}loss.", f"{CONDITION}loss.", f"{FIRST}{AVERAGED}", f"{FIRST}colorize")
+#: CLIP's positions, and the codewords in use that a VQ model with ``remap`` lists.
+IGNORED_ENDINGS = ("position_ids", "quantize.used")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def network_of(build: Callable[[], nn.Module], prefix: str, checkpoint: Checkpoi
 
 def ignored(name: str) -> bool:
     """Whether a checkpoint's tensor belongs to training or is a table that is computed here."""
-    return name in BUFFERS or name.startswith(IGNORED_PREFIXES) or name.endswith("position_ids")
+    return name in BUFFERS or name.startswith(IGNORED_PREFIXES) or name.endswith(IGNORED_ENDINGS)
 
 
 def _stored_name(name: str, checkpoint: Checkpoint) -> str:

@@ -355,6 +355,23 @@ def test_wrong_parameters(change: dict[str, Any], message: str, tmp_path: Path) 
         written.load()
 
 
+@pytest.mark.parametrize(
+    ("heads", "found"), [({"num_head_channels": 7}, "heads of 7"), ({"num_heads": 5}, "5 attention")]
+)
+def test_heads_that_do_not_divide_the_channels(heads: dict[str, int], found: str, tmp_path: Path) -> None:
+    written = Written(tmp_path, compvis_models.DIFFUSION["unconditional-kl"])
+    written.model["params"]["unet_config"]["params"] |= heads
+    with pytest.raises(UsageError, match=found):
+        written.load()
+
+
+def test_codewords_in_use_are_not_read(tmp_path: Path) -> None:
+    written = Written(tmp_path, compvis_models.DIFFUSION["unconditional-vq"])
+    written.model["params"]["first_stage_config"]["params"]["remap"] = "codewords.npy"
+    written.state["first_stage_model.quantize.used"] = torch.arange(16)
+    assert written.load().task == "unconditional"
+
+
 def test_wrong_network_parameters(tmp_path: Path) -> None:
     written = Written(tmp_path, compvis_models.DIFFUSION["text-bert"])
     network = written.model["params"]["unet_config"]["params"]

@@ -206,14 +206,18 @@ def test_statistics_by_channel_are_undone(folders: dict[str, tuple[Path, Any]]) 
         assert near(decoded, pipeline.vae.decode(theirs.mean).sample)
 
 
-def test_a_refiner_wants_its_time_ids(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [4, 5])
+def test_time_ids_of_an_unknown_number_are_to_be_given(
+    folders: dict[str, tuple[Path, Any]], tmp_path: Path, count: int
+) -> None:
+    """Six are SDXL's sizes, five its refiner's, which the pipeline fills in; of any other number it cannot."""
     folder = Path(shutil.copytree(folders["sdxl"][0], tmp_path / "refiner"))
     file = folder / "unet" / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "projection_class_embeddings_input_dim": 24 + 5 * 8}))
+    file.write_text(json.dumps({**config, "projection_class_embeddings_input_dim": 24 + count * 8}))
     model = source.load(folder, OPTIONS)
-    assert model.conditioning.time_ids == 5
-    assert any("5 time ids" in message for message in model.messages)
+    assert model.conditioning.time_ids == count
+    assert any(f"{count} time ids" in message for message in model.messages) == (count == 4)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.class_name)

@@ -25,6 +25,7 @@ from tests.export.sources import compvis_models  # noqa: E402
 GOLDEN = Path(__file__).parents[2] / "golden" / "compvis"
 #: What may differ, in latents whose standard deviation is 3 to 14, in U-Net outputs (0.7) and in encodings (1).
 LATENTS, UNET, ENCODINGS = 1e-3, 1e-5, 5e-5
+ANCESTRAL = 1e-5
 ENGINES = ["torch", pytest.param("onnx", marks=pytest.mark.slow)]
 DIFFUSION = ["txt2img_kl_bert", "uncond_vq"]
 
@@ -86,6 +87,14 @@ def test_latents_and_pictures(opened: Any, family: str, engine: str, sampler: st
     assert distance(result.latents, recorded.arrays[f"{name}_latent"]) < LATENTS
     pictures = np.stack([np.asarray(image) for image in result.images]).astype(int)
     assert np.abs(pictures - recorded.arrays[f"{name}_image_u8"]).max() <= 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ancestral_sampling(opened: Any, engine: str) -> None:
+    recorded = opened("uncond_vq", engine)
+    arrays = recorded.arrays
+    result = recorded.pipeline.generate(latents=arrays["ddpm_x_T"], noise=arrays["ddpm_noise"], steps=8, sampler="ddpm")
+    assert distance(result.latents, arrays["ddpm_latent"]) < ANCESTRAL
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -66,11 +66,15 @@ class Request:
     def check(self, manifest: Manifest) -> None:
         """:class:`UsageError` where a value is out of range or does not fit the bundle's task."""
         if self.steps is not None and self.steps < 1:
-            raise UsageError(f"steps must be at least 1, found {self.steps}.")
+            raise UsageError(
+                f"steps must be at least 1, found {self.steps}.", f"this bundle's default is {manifest.defaults.steps}"
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, found {self.batch_size}.")
         if self.strength is not None and not 0 <= self.strength <= 1:
-            raise UsageError(f"strength goes from 0 to 1, found {self.strength:g}.")
+            raise UsageError(
+                f"strength goes from 0 to 1, found {self.strength:g}.", "0 keeps the picture, 1 draws it anew"
+            )
         if self.tile is not None and (self.tile < 0 or 0 < self.tile < SMALLEST_TILE):
             raise UsageError(
                 f"tile is a side of at least {SMALLEST_TILE} latent pixels, or 0 for none; found {self.tile}."

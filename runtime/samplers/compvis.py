@@ -42,18 +42,30 @@ def plms_plan(config: Config, steps: int) -> Plan:
 
 
 def ddpm_plan(config: Config, steps: int) -> Plan:
-    """The last ``steps`` training timesteps, each one visited; a whole run has T steps."""
+    """The last ``steps`` training timesteps, each one visited; a whole run has T steps.
+
+    ``ancestral_tables``: a checkpoint's own, by the original's names, where they are not what its betas give.
+    """
     betas = exact_betas(config)
+    stored = config.get("ancestral_tables") if config.get("trained_betas") is not None else None
+    tables = {name: np.asarray(values).astype(F32) for name, values in (stored or ancestral_tables(betas)).items()}
+    bar = np.cumprod(1.0 - betas).astype(F32)
+    return on_table(config, steps, np.arange(steps - 1, -1, -1), bar, compvis=True, **tables)
+
+
+def ancestral_tables(betas: Array) -> dict[str, Array]:
+    """Float64 [T] each, by the original's names: what sample, noise and x0 are weighted with, and log variances."""
     bar = np.cumprod(1.0 - betas)
     before = np.append(1.0, bar[:-1])
-    variance = betas * (1.0 - before) / (1.0 - bar)
-    tables = {
-        "x0": (betas * np.sqrt(before) / (1.0 - bar)).astype(F32),
-        "x": ((1.0 - before) * np.sqrt(1.0 - betas) / (1.0 - bar)).astype(F32),
-        "log_variance": np.log(np.maximum(variance, 1e-20)).astype(F32),
-        "compvis": True,
-    }
-    return on_table(config, steps, np.arange(steps - 1, -1, -1), bar.astype(F32), **tables)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a schedule may begin without noise, or end without signal
+        variance = betas * (1.0 - before) / (1.0 - bar)
+        return {
+            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / bar),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / bar - 1),
+            "posterior_mean_coef1": betas * np.sqrt(before) / (1.0 - bar),
+            "posterior_mean_coef2": (1.0 - before) * np.sqrt(1.0 - betas) / (1.0 - bar),
+            "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        }
 
 
 def _step(call: Call, sample: Array, noise: Array, here: int, there: int) -> tuple[Array, Array]:
@@ -95,9 +107,13 @@ def ddpm(call: Call) -> Update:
     """Ancestral sampling: Ho et al. 2020 (arXiv 2006.11239), algorithm 2; a draw is taken at t = 0 and not used."""
     tables, t, a = call.plan.tables, call.timestep, call.alpha(call.timestep)
     denoised = denoised_of(call.kind, call.latents, call.output, np.sqrt(a), np.sqrt(F32(1) - a))
-    latents, noise = tables["x0"][t] * denoised + tables["x"][t] * call.latents, call.draw()
+    if call.kind == "epsilon":
+        weights = tables["sqrt_recip_alphas_cumprod"][t], tables["sqrt_recipm1_alphas_cumprod"][t]
+        denoised = weights[0] * call.latents - weights[1] * call.output
+    latents = tables["posterior_mean_coef1"][t] * denoised + tables["posterior_mean_coef2"][t] * call.latents
+    noise = call.draw()
     if t > 0:
-        latents = latents + exp32(F32(0.5) * tables["log_variance"][t]) * noise
+        latents = latents + exp32(F32(0.5) * tables["posterior_log_variance_clipped"][t]) * noise
     return call.done(latents, denoised)
 
 

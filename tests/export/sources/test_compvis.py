@@ -17,6 +17,7 @@ pytest.importorskip("yaml")
 from latentedge.export.model import SourceModel, SourceOptions  # noqa: E402
 from latentedge.export.models.clip_text import ClipTextConfig  # noqa: E402
 from latentedge.export.sources import compvis  # noqa: E402
+from latentedge.runtime import samplers  # noqa: E402
 from latentedge.runtime.bundle import ConcatInput, Layout  # noqa: E402
 from latentedge.runtime.errors import LatentEdgeError, UsageError  # noqa: E402
 from tests.export.sources import compvis_models  # noqa: E402
@@ -258,12 +259,102 @@ def test_schedule(tmp_path: Path) -> None:
         written.load()
 
 
-def test_half_precision_keeps_the_formula(tmp_path: Path) -> None:
-    written = Written(tmp_path, compvis_models.DIFFUSION["unconditional-vq"])
-    written.state = {name: value.half() for name, value in written.state.items()}
+def all_tables(betas: Any) -> dict[str, Any]:
+    """Every table of the schedule that a checkpoint holds, float32, from Ho et al. 2020 (arXiv:2006.11239)."""
+    bar = np.cumprod(1 - betas)
+    before = np.append(1.0, bar[:-1])
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": bar,
+        "sqrt_recip_alphas_cumprod": bar**-0.5,
+        "sqrt_recipm1_alphas_cumprod": (1 / bar - 1) ** 0.5,
+        "posterior_mean_coef1": betas * before**0.5 / (1 - bar),
+        "posterior_mean_coef2": (1 - before) * (1 - betas) ** 0.5 / (1 - bar),
+        "posterior_log_variance_clipped": np.log(np.maximum(betas * (1 - before) / (1 - bar), 1e-20)),
+    }
+    return {name: torch.from_numpy(table).float() for name, table in tables.items()}
+
+
+def rounded(written: Written, dtype: Any) -> Written:
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    written.state |= all_tables(betas)
+    written.state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in written.state.items()
+    }
+    return written
+
+
+def plan(schedule: Any, sampler: str, steps: int = 1000) -> Any:
+    return samplers.prepare(schedule, sampler, steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_schedule_rounded_to_half_is_sampled_with(dtype: Any, tmp_path: Path) -> None:
+    written = rounded(Written(tmp_path, compvis_models.DIFFUSION["unconditional-vq"]), dtype)
     model = written.load()
-    assert "trained_betas" not in model.schedule
     assert unet_weight(model).dtype == torch.float32
+    message = next(text for text in model.messages if "rounded to" in text)
+    assert str(dtype).removeprefix("torch.") in message
+    for sampler in ("ddim", "plms", "ddpm"):
+        found = plan(model.schedule, sampler, 500)
+        assert np.array_equal(found.alphas_cumprod, written.state["alphas_cumprod"].float().numpy()), sampler
+    ancestral = plan(model.schedule, "ddpm").tables
+    for name in all_tables(np.full(1, 0.5)).keys() & ancestral.keys():
+        assert np.array_equal(ancestral[name], written.state[name].float().numpy()), name
+    # What the message names gives the YAML's formula back.
+    assert '{**pipeline.bundle.schedule, "trained_betas": None}' in message
+    exact = {**model.schedule, "trained_betas": None}
+    expected = all_tables(np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    for name in expected.keys() & ancestral.keys():
+        np.testing.assert_allclose(plan(exact, "ddpm").tables[name], expected[name], rtol=1e-6)
+    np.testing.assert_allclose(plan(exact, "ddim", 500).alphas_cumprod, expected["alphas_cumprod"], rtol=1e-6)
+
+
+def test_a_schedule_rounded_until_it_begins_without_noise(tmp_path: Path) -> None:
+    model = copy.deepcopy(compvis_models.DIFFUSION["unconditional-vq"])
+    model["params"] |= {"linear_start": 0.00085, "linear_end": 0.012}
+    written = Written(tmp_path, model)
+    written.state["alphas_cumprod"] = written.state["alphas_cumprod"].bfloat16()
+    assert written.state["alphas_cumprod"][1] == 1
+    read = written.load()
+    assert "trained_betas" not in read.schedule
+    assert any("rounded to bfloat16" in message and "formula is used" in message for message in read.messages)
+
+
+def test_a_schedule_that_ends_without_signal(tmp_path: Path) -> None:
+    written = Written(tmp_path, compvis_models.DIFFUSION["unconditional-vq"])
+    angles = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    table = np.cumprod(np.clip(1 - (1 - angles[1:] / angles[:-1]), 0.001, 1)).astype(np.float16)
+    table[:5] = np.float16([0.9995, 0.999, 0.9985, 0.998, 0.998])  # rounded alone, it would begin without noise
+    table = np.minimum.accumulate(table)
+    assert table[-1] == 0 < table[-2]
+    written.state["alphas_cumprod"] = torch.from_numpy(table)
+    schedule = written.load().schedule
+    for sampler in ("ddim", "ddpm"):
+        assert np.array_equal(plan(schedule, sampler, 500).alphas_cumprod, table.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "reason"),
+    [(5, float("nan"), "1 of its 1000 numbers"), (0, 1.5, "from 0.00014"), (400, 0.99, "rises at timestep 400")],
+)
+def test_a_damaged_schedule(index: int, value: float, reason: str, tmp_path: Path) -> None:
+    written = Written(tmp_path, compvis_models.DIFFUSION["unconditional-vq"])
+    written.state["alphas_cumprod"][index] = value
+    with pytest.raises(LatentEdgeError, match=reason) as caught:
+        written.load()
+    assert caught.value.hint
+
+
+def test_the_variance_that_the_yaml_chooses(tmp_path: Path) -> None:
+    written = Written(tmp_path, compvis_models.DIFFUSION["unconditional-vq"])
+    written.model["params"]["v_posterior"] = 1.0
+    schedule = written.load().schedule
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    found = plan(schedule, "ddpm").tables["posterior_log_variance_clipped"]
+    np.testing.assert_allclose(found, np.log(betas), rtol=1e-6)
+    found = plan({**schedule, "trained_betas": None}, "ddpm").tables["posterior_log_variance_clipped"]
+    assert np.abs(found - np.log(betas)).max() > 0.1
 
 
 def test_defaults_that_bite_are_named(tmp_path: Path) -> None:

@@ -215,8 +215,9 @@ def _write_bundle(
     }
     bundle_writer.write_model_index(folder, model)
     if model.schedule:
-        # Whose rules the timesteps follow is no field of a scheduler; the manifest says it.
-        theirs = {name: value for name, value in model.schedule.items() if name != "dialect"}
+        # What is no field of a scheduler stands in the manifest alone.
+        own = ("dialect", "ancestral_tables")
+        theirs = {name: value for name, value in model.schedule.items() if name not in own}
         bundle_writer.write_json(folder / "scheduler" / "scheduler_config.json", theirs)
     manifest = Manifest(
         family=model.family,

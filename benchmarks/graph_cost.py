@@ -32,7 +32,7 @@ ELEMENTWISE = {"Softmax": 5, "LayerNormalization": 7, "InstanceNormalization": 7
 #: What only moves or relabels data.
 MOVES = frozenset({
     "Reshape", "Transpose", "Concat", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Shape", "Size", "Gather",
-    "Cast", "Identity", "Constant", "ConstantOfShape", "Pad", "Resize", "Tile", "Flatten", "Range",
+    "Cast", "Identity", "Constant", "ConstantOfShape", "Pad", "Resize", "Tile", "Flatten", "Range", "DepthToSpace",
 })  # fmt: skip
 
 #: The products that decide; the others are usually fused into them.

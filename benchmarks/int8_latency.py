@@ -1,4 +1,4 @@
-"""Speed of an INT8 denoiser beside its float precisions, in one run and in turns.
+"""Speed of an INT8 denoiser or decoder beside its float precisions, in one run and in turns.
 
     python -m latentedge.benchmarks.int8_latency BUNDLE --size 256
 
@@ -16,81 +16,42 @@ from pathlib import Path
 import click
 import numpy as np
 
+from latentedge.benchmarks.int8_untuned import COMPONENTS, inputs_of, untuned_plan
 from latentedge.calibration import gate
 from latentedge.calibration.candidates import candidate
-from latentedge.calibration.capture import open_observed
-from latentedge.calibration.graph import load_graph, name_nodes
 from latentedge.calibration.latency import in_turns, ratio
-from latentedge.calibration.observers import TensorStatistics
-from latentedge.calibration.placement import place
-from latentedge.calibration.plan import INT8, ActivationPlan, BlockPlan, Plan
-from latentedge.calibration.quantise import Evidence
 from latentedge.calibration.scene import Target
-from latentedge.runtime.bundle import Array, Bundle
-
-
-def inputs_of(bundle: Bundle, latent_side: int, batch: int) -> dict[str, Array]:
-    """N(0, 1) inputs at one size, timesteps in the middle of the schedule."""
-    component = bundle.component("unet")
-    axes = {name: axis.opt for name, axis in component.axes.items()}
-    axes |= {"batch": batch, "latent_height": latent_side, "latent_width": latent_side}
-    generator = np.random.default_rng(0)
-    made = {}
-    for spec in component.inputs:
-        shape = spec.resolve({name: axes[name] for name in component.axes})
-        made[spec.name] = generator.standard_normal(shape).astype(np.float32)
-    made["timestep"] = np.full((batch,), 500.0, np.float32)
-    return made
-
-
-def plan_of(bundle: Bundle, inputs: dict[str, Array], backend: str) -> tuple[Plan, Evidence]:
-    """Everything in INT8, with the absolute maximum of one evaluation."""
-    observed = open_observed(bundle, "unet", outputs=backend == "onnxruntime", threads=None)
-    statistics = {}
-    for name, array in observed.fetch(inputs).items():
-        axis = observed.axis_of(name)
-        statistics[name] = TensorStatistics.empty(array.shape[axis])
-        statistics[name].observe(array, axis, 500.0)
-    observed.close()
-    model = load_graph(bundle.variant("unet", "fp32")[0])
-    name_nodes(model)
-    blocks: dict[str, list[str]] = {}
-    for entry in place(model):
-        if entry.kept is None:
-            blocks.setdefault(entry.block, []).append(entry.layer.name)
-    plan = Plan(
-        component="unet",
-        backend=backend,
-        precision="int8",
-        floor_db=0.0,
-        blocks=tuple(BlockPlan(name, INT8, "", tuple(layers)) for name, layers in blocks.items()),
-        activations={name: ActivationPlan(entry.largest, "absmax") for name, entry in statistics.items()},
-        clip_weights=False,
-        correct_bias=False,
-        quantise_outputs=backend == "onnxruntime",
-    )
-    return plan, Evidence(statistics)
+from latentedge.runtime.bundle import Bundle
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--component", type=click.Choice(COMPONENTS), default="unet")
 @click.option("--size", default=256, help="Side of the picture in pixels.")
-@click.option("--batch", default=2, help="Evaluations at once: 2 with guidance.")
+@click.option("--batch", default=2, help="Evaluations at once: 2 for a denoiser with guidance.")
 @click.option("--backend", default="openvino")
 @click.option("--place-for", help="Backend that the graph is placed for; default: the one it runs on.")
 @click.option("--seconds", default=60.0, help="Time to measure.")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(
-    path: Path, size: int, batch: int, backend: str, place_for: str | None, seconds: float, output: Path | None
+    path: Path,
+    component: str,
+    size: int,
+    batch: int,
+    backend: str,
+    place_for: str | None,
+    seconds: float,
+    output: Path | None,
 ) -> None:
-    """Measure BUNDLE's denoiser in every precision of a backend."""
+    """Measure BUNDLE's denoiser or decoder in every precision of a backend."""
     bundle = Bundle.open(path)
-    inputs = inputs_of(bundle, size // bundle.manifest.latent.downscale, batch)
-    plan, evidence = plan_of(bundle, inputs, place_for or backend)
+    side = size // bundle.manifest.latent.downscale
+    inputs = inputs_of(bundle, component, {"batch": batch, "latent_height": side, "latent_width": side})
+    plan, evidence = untuned_plan(bundle, component, inputs, place_for or backend)
     target = Target(backend, "int8", "fp32")
     with candidate(bundle, plan, evidence) as trial, ExitStack() as stack:
         wanted = [name for name in gate.precisions_of(backend) if name != "fp16"]
-        engines = gate.open_precisions(stack, trial, "unet", target, wanted, lambda text: click.echo(text, err=True))
+        engines = gate.open_precisions(stack, trial, component, target, wanted, lambda text: click.echo(text, err=True))
         times = in_turns(engines, inputs, seconds)
     result = []
     for name, measured in times.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from latentedge.runtime.bundle import Array
+from latentedge.runtime.bundle import EXTERNAL_DATA_LIMIT, Array
 from latentedge.runtime.errors import LatentEdgeError
 
 #: Operators with weights, and the axis of their output channels when the weight is stored as ONNX defines it.
@@ -71,7 +71,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def save_graph(model: ir.Model, path: Path, *, share_weights: bool = False) -> list[Path]:
-    """Write ``model``; over 1.8 GB its weights go to ``<path>.data``. Gives the files written, graph first.
+    """Write ``model``; large weights go to ``<path>.data``. Gives the files written, graph first.
 
     ``share_weights`` leaves weights that lie in a file beside the original there, which needs the same folder.
     """
@@ -80,7 +80,7 @@ def save_graph(model: ir.Model, path: Path, *, share_weights: bool = False) -> l
         return [path]
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if size < 1_800_000_000:
+    if size <= EXTERNAL_DATA_LIMIT:
         ir.save(model, path)
         return [path]
     data = path.with_name(path.name + ".data")

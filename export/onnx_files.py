@@ -6,10 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from latentedge.runtime.bundle import Variant, file_sha256
-
-#: A protobuf file ends at 2 GiB; from this many bytes of weights on they are written to a file of their own.
-EXTERNAL_DATA_LIMIT = 1_900_000_000
+from latentedge.runtime.bundle import EXTERNAL_DATA_LIMIT, Variant, file_sha256
 
 
 def save_model(model: ir.Model, path: Path, *, keep_external: bool = False) -> None:

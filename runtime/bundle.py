@@ -25,6 +25,9 @@ MANIFEST_NAME = "latentedge.json"
 FORMAT = "latentedge-bundle"
 VERSION = 1
 
+#: Bytes of weights from which on they lie in a file beside their graph: engines map that file and need not hold it twice.
+EXTERNAL_DATA_LIMIT = 64 << 20
+
 #: A tensor's side: a fixed length, an axis by name, or a multiple of one such as ``"8*latent_height"``.
 Dimension = int | str
 Array = NDArray[Any]
@@ -64,7 +67,7 @@ class Variant:
 
     ``measured`` holds records such as ``{"kind": "parity", "psnr_db": ...}`` or
     ``{"kind": "latency", "backend": ..., "machine": ..., "seconds": ..., "ratio": ...}``.
-    ``external_data`` are weight files beside the graph (over 2 GB).
+    ``external_data`` are weight files beside the graph (:data:`EXTERNAL_DATA_LIMIT`).
     """
 
     path: str
@@ -310,7 +313,8 @@ class Bundle:
     def check_graphs(self, name: str, precision: str) -> None:
         """Compare the graph of a component (and of the parts it was split into) with its digest, before it runs.
 
-        Weights beside a graph are left to ``latentedge verify``; :class:`BundleError` names a damaged file.
+        Of weights beside a graph only the size is compared, the rest is left to ``latentedge verify``;
+        :class:`BundleError` names a damaged file.
         """
         for component in self.manifest.components.values():
             variant = component.variants.get(graph_precision(precision))
@@ -320,6 +324,12 @@ class Bundle:
             if file_sha256(path) != variant.sha256:
                 raise BundleError(
                     f"{path} is damaged: its SHA-256 is not the manifest's.", hint="export the checkpoint again"
+                )
+            size = sum(file.stat().st_size for file in (path, *map(self.file, variant.external_data)))
+            if size != variant.size:
+                raise BundleError(
+                    f"{path} with its weights is damaged: it holds {size:,} bytes, the manifest says {variant.size:,}.",
+                    hint="export the checkpoint again",
                 )
 
     def digest(self) -> str:

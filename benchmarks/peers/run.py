@@ -23,7 +23,7 @@ import click
 from latentedge.benchmarks.processes import MeasuredProcess, python_in
 from latentedge.benchmarks.statistics import Times, compare_rounds
 from latentedge.benchmarks.worker import PROMPT
-from latentedge.runtime.bundle import Bundle
+from latentedge.runtime.bundle import Bundle, graph_precision
 from latentedge.runtime.engines.hoisted import DENOISER, SHALLOW, part_name
 from latentedge.runtime.errors import EngineError
 from latentedge.runtime.machine import machine, usable_cores
@@ -153,17 +153,28 @@ def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> No
     if not (options["bundle"] / "latentedge.json").is_file():
         command = [str(Path(sys.executable).with_name("latentedge")), "export", str(options["folder"])]
         subprocess.run([*command, "-o", str(options["bundle"])], check=True)
-    prepare_bundle(options["bundle"], caching=options["own_interval"] > 1)
+    backend, precision = options["own"].split(":")
+    if graph_precision(precision) == "int8":
+        side, downscale = SIDES[workload]
+        from latentedge.benchmarks.int8_untuned import write_untuned
+
+        axes = {"batch": 2, "latent_height": side // downscale, "latent_width": side // downscale}
+        write_untuned(Bundle.open(options["bundle"]), axes, backend)
+    prepare_bundle(options["bundle"], graph_precision(precision), caching=options["own_interval"] > 1)
 
 
-def prepare_bundle(path: Path, *, caching: bool) -> None:
+def prepare_bundle(path: Path, precision: str, *, caching: bool) -> None:
     """The denoiser in parts, and with ``caching`` cut for step caching, where the bundle has not got them."""
     from latentedge.export.hoisting import hoist_bundle
     from latentedge.export.step_caching import cut_bundle
 
-    if part_name(DENOISER, "step") not in Bundle.open(path).manifest.components:
+    def has(part: str) -> bool:
+        found = Bundle.open(path).manifest.components.get(part_name(DENOISER, part))
+        return found is not None and precision in found.variants
+
+    if not has("step"):
         hoist_bundle(path)
-    if caching and part_name(DENOISER, SHALLOW) not in Bundle.open(path).manifest.components:
+    if caching and not has(SHALLOW):
         cut_bundle(path)
 
 

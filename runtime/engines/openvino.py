@@ -12,6 +12,7 @@ import numpy as np
 
 from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec, Variant
 from latentedge.runtime.engines.base import Engine, EngineOptions
+from latentedge.runtime.engines.mapped import giving_back
 from latentedge.runtime.errors import EngineError, PrecisionError, UsageError
 from latentedge.runtime.machine import usable_cores
 
@@ -45,7 +46,9 @@ def open_engine(bundle: Bundle, component: Component, precision: str, options: E
         raise UsageError(f"openvino has no precision {precision!r}; choose one of: {', '.join(PRECISIONS)}.")
     path, variant = bundle.variant(component.name, PRECISIONS[precision].graph)
     cache = cache_folder(options.cache or bundle.path / "engines", variant)
-    return OpenVINOEngine(component, precision, path, options, cache if options.cache or cache.is_dir() else None)
+    weights = tuple(bundle.path / name for name in variant.external_data)
+    kept = cache if options.cache or cache.is_dir() else None
+    return OpenVINOEngine(component, precision, path, options, kept, weights)
 
 
 def cache_folder(root: Path, variant: Variant) -> Path:
@@ -73,7 +76,13 @@ class OpenVINOEngine(Engine):
     backend = "openvino"
 
     def __init__(
-        self, component: Component, precision: str, path: Path, options: EngineOptions, cache: Path | None = None
+        self,
+        component: Component,
+        precision: str,
+        path: Path,
+        options: EngineOptions,
+        cache: Path | None = None,
+        weights: tuple[Path, ...] = (),
     ) -> None:
         super().__init__(component, precision)
         import openvino
@@ -93,6 +102,7 @@ class OpenVINOEngine(Engine):
             )
         self._properties = self._configure(options)
         self._cache = cache
+        self._weights = weights
         self._compiled: dict[tuple[tuple[str, int], ...], tuple[Any, dict[str, Array]]] = {}
         self._buffers: dict[str, Array] = {}
         #: Shapes of the outputs for the bound axes.
@@ -123,9 +133,10 @@ class OpenVINOEngine(Engine):
         """An inference request for the bound axes, and the arrays that it reads its inputs from."""
         shapes = {spec.name: spec.resolve(self.axes) for spec in self.component.inputs}
         try:
-            model = self._core.read_model(self._path)
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
-            compiled = self._core.compile_model(model, self._device, self._compile_properties())
+            with giving_back([*self._weights, *(self._cache.glob("*.blob") if self._cache else ())]):
+                model = self._core.read_model(self._path)
+                model.reshape({name: list(shape) for name, shape in shapes.items()})
+                compiled = self._core.compile_model(model, self._device, self._compile_properties())
         except RuntimeError as error:
             raise EngineError(f"openvino refused {self._path.name} of {self.component.name}: {error}") from error
         floats = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()

@@ -138,12 +138,19 @@ def test_a_flipped_byte_is_found_before_a_graph_runs(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     graph = tmp_path / "unet" / "model.onnx"
     graph.write_bytes(b"graph")
-    variant = dataclasses.replace(UNET.variants["fp32"], sha256=file_sha256(graph))
+    weights = tmp_path / "unet" / "model.onnx.data"
+    weights.write_bytes(b"weights")
+    known = {"unet/model.onnx.data": file_sha256(weights)}
+    variant = dataclasses.replace(UNET.variants["fp32"], sha256=file_sha256(graph), size=12, external_data=known)
     part = dataclasses.replace(UNET, name="unet.step", variants={"fp32": variant})
     manifest = dataclasses.replace(MANIFEST, components={"unet.step": part})
     bundle = Bundle.open(write(tmp_path, manifest.to_json()))
     bundle.check_graphs("unet", "bf16")
     graph.write_bytes(b"grapi")
     bundle.check_graphs("vae_decoder", "fp32")
-    with pytest.raises(BundleError, match="is damaged"):
+    with pytest.raises(BundleError, match="is damaged: its SHA-256"):
+        bundle.check_graphs("unet", "bf16")
+    graph.write_bytes(b"graph")
+    weights.write_bytes(b"weigh")
+    with pytest.raises(BundleError, match="holds 10 bytes, the manifest says 12"):
         bundle.check_graphs("unet", "bf16")

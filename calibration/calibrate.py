@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 from latentedge.calibration.applying import Outcome, Part, apply, outcome_of, reapply
+from latentedge.calibration.candidates import remove_leftovers
 from latentedge.calibration.capture import DECODED, DECODER, CaptureSettings, capture
 from latentedge.calibration.observers import Fault, TensorStatistics
 from latentedge.calibration.options import Options, Reporter, target_of
@@ -29,7 +31,7 @@ from latentedge.runtime.bundle import Bundle
 
 __all__ = ["Options", "Outcome", "Reporter", "calibrate", "reapply"]
 
-#: Calibration pictures that the plan is made with.
+#: Calibration pictures that the plan is looked for with; it is confirmed with as many as the gate draws.
 PLAN_PICTURES = 4
 #: The decoder's error comes on top of the denoiser's: it has to stay so far above the floor, a quarter of the noise.
 DECODER_MARGIN_DB = 6.0
@@ -49,6 +51,7 @@ def calibrate(path: Path, options: Options, reporter: Reporter, mapper: Mapper =
     if options.backend == "auto":
         options = dataclasses.replace(options, backend=target.backend)
     check_quantisable(bundle, options.component)
+    remove_leftovers(bundle)
     seen, folder = _observe(bundle, options, mapper, reporter)
     faults: list[Fault] = []
     parts: list[Part] = []
@@ -62,7 +65,11 @@ def calibrate(path: Path, options: Options, reporter: Reporter, mapper: Mapper =
         except NothingToQuantise as found:
             reporter.notify(found.message)
     bundle, part = _component(bundle, options, target, seen, reporter, mapper, faults)
-    return outcome_of(bundle, (*parts, part), faults)
+    parts.append(part)
+    # Kept until now: an interrupted run does not measure the decoder's blocks again.
+    for made in parts:
+        shutil.rmtree(bundle.path / relative_sensitivity(made.plan.component))
+    return outcome_of(bundle, tuple(parts), faults)
 
 
 def observed_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
@@ -123,9 +130,12 @@ def _component(
     prompts = observed_prompts(options.prompts)
     wanted = requests(bundle, PLAN_PICTURES, options.steps, prompts)
     with Studio(bundle, target) as studio:
-        material = Material(bundle, evidence, probes, Scene.of(studio, options.component, wanted))
+
+        @lru_cache
+        def confirming() -> Scene:
+            return Scene.of(studio, options.component, requests(bundle, options.pictures, options.steps, prompts))
+
+        material = Material(bundle, evidence, probes, Scene.of(studio, options.component, wanted), confirming)
         plan = measure_blocks(plan, material, target, reporter.progress, mapper, options.steps, prompts)
         plan = choose_blocks(plan, material, target, reporter.progress)
-    done = apply(bundle, plan, evidence, probes, target, options, reporter)
-    shutil.rmtree(bundle.path / relative_sensitivity(options.component))
-    return done
+    return apply(bundle, plan, evidence, probes, target, options, reporter)

@@ -42,6 +42,14 @@ def candidate(bundle: Bundle, plan: Plan, evidence: Evidence) -> Iterator[Bundle
             file.unlink(missing_ok=True)
 
 
+def remove_leftovers(bundle: Bundle) -> None:
+    """Remove the graphs that a calibration which was killed had on trial, or observed, beside the bundle's own."""
+    for component in bundle.manifest.components:
+        folder = bundle.variant(component, "fp32")[0].parent
+        for file in (*folder.glob(".candidate-*"), *folder.glob(".*.observed-*.onnx")):
+            file.unlink(missing_ok=True)
+
+
 def variant_of(bundle: Bundle, files: list[Path]) -> Variant:
     """The manifest's record of a graph and its weight files."""
     graph, *weights = files

@@ -1,18 +1,19 @@
 """Each block's error and gain alone, and the fastest set of blocks whose pictures stay above the floor.
 
-Errors are pure functions of what is stored in the bundle, so they are taken by any process on any machine, each one
-kept in a file when it is known. Gains are measured here alone: another machine is not the target, and processes beside
-each other disturb each other's times.
+Errors are pure functions of what is stored in the bundle, so they are taken by any process on any machine. Gains are
+measured here alone: another machine is not the target, and processes beside each other disturb each other's times. Each
+error and each gain is kept in a file when it is known, so that an interrupted run goes on with the next block.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from latentedge.calibration.sharding import Mapper, one_by_one
 from latentedge.calibration.stored import digest_of, relative_folder, restore, store
 from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.engines import Engine, open_engine
+from latentedge.runtime.machine import machine_fingerprint
+from latentedge.runtime.selection import library_version
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,18 +42,24 @@ Progress = Callable[[str, int, int], None]
 MARGIN_DB = 1.0
 #: The worst picture may lie this far below the floor of the mean.
 WORST_BELOW_DB = 6.0
+#: Blocks that may break the floor in the middle of the order without ending the plan there.
+SKIPS = 2
 #: Shortcut convolutions carry the residual stream: they count as harmless this far above the floor.
 HARMLESS_DB = 10.0
 
 
 @dataclass(frozen=True)
 class Material:
-    """What candidates are judged by: probes, and pictures of the fp32 model for requests that calibration saw."""
+    """What candidates are judged by: probes, and pictures of the fp32 model for requests that calibration saw.
+
+    ``confirming`` draws more such pictures, for the set that a few pictures chose; ``None``: these few are enough.
+    """
 
     bundle: Bundle
     evidence: Evidence
     probes: list[Probe]
     scene: Scene
+    confirming: Callable[[], Scene] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def measure_blocks(
         sqnr_db, psnr_db = json.loads(file.read_text())
         blocks.append(dataclasses.replace(block, sqnr_db=sqnr_db, psnr_db=psnr_db))
     plan = dataclasses.replace(plan, blocks=tuple(blocks))
-    return _with_gains(plan, material, target, lambda count: progress("blocks", done + count, total))
+    return _with_gains(plan, material, target, folder, lambda count: progress("blocks", done + count, total))
 
 
 def relative_sensitivity(component: str) -> str:
@@ -133,23 +142,40 @@ def _opened(settings: BlockSettings) -> tuple[Plan, Material]:
     return plan, Material(bundle, evidence, probes, scene)
 
 
-def _with_gains(plan: Plan, material: Material, target: Target, progress: Callable[[int], None]) -> Plan:
+def _with_gains(plan: Plan, material: Material, target: Target, folder: Path, progress: Callable[[int], None]) -> Plan:
     """The plan with the seconds that each block saves alone, in turns with the float graph."""
     if not target.timed:
         return plan
+    # What was measured of other precisions, or elsewhere, says nothing here.
+    place = f"{machine_fingerprint()} {library_version(target.backend)}"
+    setting = hashlib.sha256(f"{place} {target.precision} {target.alternative}".encode()).hexdigest()[:8]
     blocks = []
-    with _engine(material.bundle, plan.component, target, target.alternative) as floats:
+    with ExitStack() as stack:
+        floats: Engine | None = None
         for number, block in enumerate(plan.blocks):
-            alone = plan.with_blocks(frozenset({block.name}))
-            with (
-                candidate(material.bundle, alone, material.evidence) as bundle,
-                _engine(bundle, plan.component, target, target.precision) as engine,
-            ):
-                times = in_turns({"float": floats, "int8": engine}, material.probes[0].inputs, target.seconds / 4)
-            gain, error = saved(times["float"], times["int8"])
+            file = folder / f"gain-{setting}-{number:03d}.json"
+            if not file.is_file():
+                floats = floats or stack.enter_context(
+                    _engine(material.bundle, plan.component, target, target.alternative)
+                )
+                write_atomically(file, json.dumps(_gain_alone(plan, block, material, target, floats)).encode())
+            gain, error = json.loads(file.read_text())
             blocks.append(dataclasses.replace(block, seconds_saved=gain, seconds_error=error))
             progress(number + 1)
     return dataclasses.replace(plan, blocks=tuple(blocks))
+
+
+def _gain_alone(
+    plan: Plan, block: BlockPlan, material: Material, target: Target, floats: Engine
+) -> tuple[float, float]:
+    """Seconds that a block saves, and their standard error."""
+    alone = plan.with_blocks(frozenset({block.name}))
+    with (
+        candidate(material.bundle, alone, material.evidence) as bundle,
+        _engine(bundle, plan.component, target, target.precision) as engine,
+    ):
+        times = in_turns({"float": floats, "int8": engine}, material.probes[0].inputs, target.seconds / 4)
+    return saved(times["float"], times["int8"])
 
 
 def _engine(bundle: Bundle, component: str, target: Target, precision: str) -> Engine:
@@ -171,6 +197,11 @@ def choose_blocks(plan: Plan, material: Material, target: Target, progress: Prog
     for precision in dict.fromkeys((target.precision, INT8)):
         tried = dataclasses.replace(target, precision=precision)
         chosen = _best_set(plan, harmful, material, tried, progress)
+        if chosen and material.confirming is not None:
+            # Few pictures may all be lucky: one entry of a codebook that turns over in one of ten pictures is not in four.
+            more = dataclasses.replace(material, scene=material.confirming(), confirming=None)
+            kept = [block for block in plan.blocks if block.name in chosen]
+            chosen = _longest(plan, sorted(kept, key=_noise), more, tried, progress, skips=0)
         if chosen:
             decided = tuple(_decided(block, chosen, harmful, plan.floor_db) for block in plan.blocks)
             return dataclasses.replace(plan, precision=precision, blocks=decided)
@@ -191,9 +222,11 @@ def _best_set(
     slow = {block.name for block in plan.blocks if _is_slower(block)}
     usable = [block for block in plan.blocks if block.name not in harmful]
     usable = [block for block in usable if block.psnr_db is None or block.psnr_db >= plan.floor_db]
+    errors = [block.seconds_error for block in plan.blocks if block.seconds_error is not None]
+    resolution = max(float(np.median(errors)) if errors else 1.0, 1e-6)
     sets: list[frozenset[str]] = []
     for blocks in ([block for block in usable if block.name not in slow], usable):
-        held = _longest(plan, sorted(blocks, key=_cost), material, target, progress)
+        held = _longest(plan, sorted(blocks, key=partial(_cost, resolution=resolution)), material, target, progress)
         sets += [held] if held and held not in sets else []
     if not sets:
         return _longest(plan, sorted(usable, key=_noise), material, target, progress)
@@ -201,22 +234,37 @@ def _best_set(
 
 
 def _longest(
-    plan: Plan, blocks: Sequence[BlockPlan], material: Material, target: Target, progress: Progress
+    plan: Plan,
+    blocks: Sequence[BlockPlan],
+    material: Material,
+    target: Target,
+    progress: Progress,
+    skips: int = SKIPS,
 ) -> frozenset[str]:
-    """The longest beginning of ``blocks`` whose pictures hold the floor, found by bisection."""
+    """As many of ``blocks`` as hold the floor, in their order; about ``skips`` that break it are left out on the way.
+
+    The block that breaks it is found by bisection: all of them first, because most models hold the floor with every
+    block in INT8.
+    """
     order = [block.name for block in blocks]
-    low, high, attempt = 0, len(order), 0
-    while low < high:
-        # All of them first: most models hold the floor with every block in INT8.
-        middle = high if attempt == 0 else (low + high + 1) // 2
-        progress("plan", attempt, len(order).bit_length() + 1)
-        attempt += 1
-        quality = _picture_quality(plan.with_blocks(frozenset(order[:middle])), material, target)
-        if _holds(quality, plan.floor_db + MARGIN_DB):
-            low = middle
-        else:
-            high = middle - 1
-    return frozenset(order[:low])
+    chosen: list[str] = []
+    trials = (1 + skips) * (len(order).bit_length() + 1)
+    attempt = 0
+    while order and attempt < trials:
+        low, high, all_of_them = 0, len(order), True
+        while low < high and attempt < trials:
+            middle = high if all_of_them else (low + high + 1) // 2
+            all_of_them = False
+            progress("plan", attempt, trials)
+            attempt += 1
+            quality = _picture_quality(plan.with_blocks(frozenset([*chosen, *order[:middle]])), material, target)
+            if _holds(quality, plan.floor_db + MARGIN_DB):
+                low = middle
+            else:
+                high = middle - 1
+        chosen += order[:low]
+        order = order[low + 1 :]
+    return frozenset(chosen)
 
 
 def _fastest(plan: Plan, sets: Sequence[frozenset[str]], material: Material, target: Target) -> frozenset[str]:
@@ -233,7 +281,7 @@ def _decided(block: BlockPlan, chosen: frozenset[str], harmful: dict[str, str], 
     if block.name in chosen:
         gain = "slower alone, not among the others" if _is_slower(block) else _gain(block)
         return dataclasses.replace(block, precision=INT8, reason=f"{gain}; the pictures hold the floor")
-    reason = f"the pictures fall below {floor + MARGIN_DB:g} dB with it"
+    reason = f"the pictures fall below {floor + MARGIN_DB:g} dB with it and the others"
     reason = "measured slower in INT8" if _is_slower(block) else reason
     return dataclasses.replace(block, precision=FLOAT, reason=harmful.get(block.name, reason))
 
@@ -257,12 +305,11 @@ def _is_slower(block: BlockPlan) -> bool:
     return block.seconds_saved < -2 * block.seconds_error
 
 
-def _cost(block: BlockPlan) -> float:
-    """Noise power for each second saved; a block whose gain was not measured counts by its noise alone."""
-    noise = _noise(block)
-    if block.seconds_saved is None or block.seconds_error is None:
-        return noise
-    return float(noise / max(block.seconds_saved, block.seconds_error, 1e-6))
+def _cost(block: BlockPlan, resolution: float) -> float:
+    """Noise power for each second saved; a gain within its error counts as what can just be measured."""
+    gain = block.seconds_saved or 0.0
+    certain = block.seconds_error is not None and gain > 2 * block.seconds_error
+    return _noise(block) / max(gain if certain else 0.0, resolution)
 
 
 def _noise(block: BlockPlan) -> float:
@@ -279,6 +326,8 @@ def _picture_quality(plan: Plan, material: Material, target: Target) -> tuple[fl
     with (
         candidate(material.bundle, plan, material.evidence) as bundle,
         _engine(bundle, plan.component, target, target.precision) as engine,
+        Studio(bundle, target, target.precision) as studio,
     ):
-        drawn = material.scene.drawn(engine)
+        # The other networks run as they would beside this one, a decoder in INT8 too.
+        drawn = material.scene.drawn(engine, studio)
     return summary(differences(material.scene.reference, drawn))

@@ -14,7 +14,7 @@ from latentedge.calibration.plan import BlockPlan, Plan
 from latentedge.calibration.requests import captions, requests, vocabulary
 from latentedge.calibration.scene import Target
 from latentedge.calibration.search import Search, SearchResult, SearchSettings, channel_correction
-from latentedge.calibration.sensitivity import choose_blocks
+from latentedge.calibration.sensitivity import Material, choose_blocks
 from latentedge.runtime.bundle import Bundle, TensorSpec, TextEncoder
 from latentedge.runtime.errors import UsageError
 from tests.calibration.graphs import Builder, _model, write_bundle
@@ -91,15 +91,17 @@ def choose(
     worst: dict[str, float],
     floor: float,
     precision: str = "int8",
+    confirmed: dict[str, float] | None = None,
 ) -> Plan:
     """Plans with a model of the pictures: noise powers of the blocks add up; the set with fewer blocks is faster.
 
-    Floats in bf16 give 20 dB whatever the blocks are.
+    ``worst``: each block's pictures alone; ``confirmed``: the same of more pictures. Floats in bf16 give 20 dB whatever
+    the blocks are.
     """
     from latentedge.calibration import sensitivity
 
     def quality(plan: Plan, material: Any, target: Any) -> tuple[float, float]:
-        noise = sum(10 ** (-worst[name] / 10) for name in plan.quantised_blocks())
+        noise = sum(10 ** (-material.scene[name] / 10) for name in plan.quantised_blocks())
         value = -10 * np.log10(noise) if noise else 100.0
         value = min(value, 20.0) if target.precision == "int8+bf16" else value
         return value, value
@@ -108,7 +110,9 @@ def choose(
     monkeypatch.setattr(sensitivity, "_fastest", lambda plan, sets, material, target: min(sets, key=len))
     plan = Plan("unet", "openvino", "int8", floor, tuple(blocks), {})
     target = Target("openvino", precision, "bf16")
-    return choose_blocks(plan, None, target, lambda stage, done, total: None)  # type: ignore[arg-type]
+    confirming = None if confirmed is None else (lambda: confirmed)
+    material = Material(None, None, [], worst, confirming)  # type: ignore[arg-type]
+    return choose_blocks(plan, material, target, lambda stage, done, total: None)
 
 
 def test_the_plan_drops_what_costs_most_for_what_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +121,7 @@ def test_the_plan_drops_what_costs_most_for_what_it_saves(monkeypatch: pytest.Mo
     assert plan.quantised_blocks() == {"good", "fair"}
     reasons = {entry.name: entry.reason for entry in plan.blocks}
     assert reasons["slow"] == "measured slower in INT8"
-    assert reasons["poor"] == "the pictures fall below 31 dB with it"
+    assert reasons["poor"] == "the pictures fall below 31 dB with it and the others"
     assert reasons["good"].startswith("faster")
 
 
@@ -139,6 +143,30 @@ def test_a_block_below_the_floor_alone_does_not_take_the_others_with_it(monkeypa
     ruinous = dataclasses.replace(block("ruinous", 60, 0.05), psnr_db=12.0)
     plan = choose(monkeypatch, [ruinous, block("good", 50, 0.01)], {"ruinous": 12, "good": 50}, 30)
     assert plan.quantised_blocks() == {"good"}
+
+
+def test_a_block_that_breaks_the_floor_does_not_end_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone its one picture was lucky; the blocks behind it in the order are as good as those before it."""
+    names = [f"block {number}" for number in range(20)]
+    blocks = [block(name, 60 - number, None) for number, name in enumerate(names)]
+    worst = {name: 50.0 for name in names} | {"block 3": 20.0, "block 11": 22.0}
+    assert choose(monkeypatch, blocks, worst, 30).quantised_blocks() == set(names) - {"block 3", "block 11"}
+
+
+def test_a_gain_within_its_error_does_not_order_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [block("good", 60, 0.001, 0.002), block("fair", 50, 0.0, 0.002), block("poor", 45, 0.05, 0.09)]
+    plan = choose(monkeypatch, blocks, {"good": 34.5, "fair": 34.5, "poor": 34.5}, 30)  # any two hold the floor
+    assert plan.quantised_blocks() == {"good", "fair"}
+
+
+def test_more_pictures_confirm_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [block("good", 50, 0.01), block("lucky", 40, 0.01)]
+    few = {"good": 50.0, "lucky": 45.0}
+    assert choose(monkeypatch, blocks, few, 30).quantised_blocks() == {"good", "lucky"}
+    more = {"good": 50.0, "lucky": 25.0}
+    assert choose(monkeypatch, blocks, few, 30, confirmed=more).quantised_blocks() == {"good"}
+    refused = choose(monkeypatch, blocks, few, 30, confirmed={"good": 20.0, "lucky": 20.0})
+    assert {entry.reason for entry in refused.blocks} == {"no plan holds 30 dB; the gate refuses this one"}
 
 
 def test_without_a_plan_above_the_floor_everything_is_int8_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

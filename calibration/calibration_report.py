@@ -10,7 +10,7 @@ from typing import Any
 from latentedge.calibration import html
 from latentedge.calibration.applying import Outcome, Part
 from latentedge.calibration.plan import INT8, BlockPlan, write_atomically
-from latentedge.calibration.presentation import floors, measured_by_precision, result_of
+from latentedge.calibration.presentation import HELD, floors, measured_by_precision, result_of
 
 #: Where a bundle keeps the report.
 FOLDER = Path("reports", "calibration")
@@ -49,11 +49,10 @@ def _tiles(part: Part) -> list[html.Tile]:
     label = part.plan.component
     found = []
     if "quality.psnr_db" in best:
-        below = best["quality.psnr_db"] < best["quality.floor_mean_db"]
-        worst = best["quality.psnr_worst_db"] < best["quality.floor_db"]
+        refused = floors(best) != HELD
         note = f"worst {best['quality.psnr_worst_db']:.1f}; floors {best['quality.floor_mean_db']:g} and "
         note += f"{best['quality.floor_db']:g} dB; {best['quality.pictures']} pictures"
-        found.append(html.Tile(f"{label}: pictures", f"{best['quality.psnr_db']:.1f} dB", note, below or worst))
+        found.append(html.Tile(f"{label}: pictures", f"{best['quality.psnr_db']:.1f} dB", note, refused))
     if "latency.ratio" in best:
         verdict = str(best["latency.verdict"])
         note = f"{verdict}: {best['latency.ratio_low']:.2f} to {best['latency.ratio_high']:.2f}"

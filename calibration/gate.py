@@ -15,7 +15,7 @@ from typing import Any
 
 from latentedge.calibration.candidates import with_component
 from latentedge.calibration.latency import FASTER, UNDECIDED, Ratio, in_turns, ratio
-from latentedge.calibration.metrics import sqnr
+from latentedge.calibration.metrics import mean_low, sqnr
 from latentedge.calibration.pictures import Drawn, differences, summary
 from latentedge.calibration.records import Probe
 from latentedge.calibration.scene import Scene, Studio, Target
@@ -24,7 +24,7 @@ from latentedge.runtime.bundle import Array, Bundle, graph_precision
 from latentedge.runtime.engines import BACKENDS, Engine, open_engine
 from latentedge.runtime.errors import EngineError
 from latentedge.runtime.machine import machine_fingerprint
-from latentedge.runtime.selection import PRECISIONS, library_version
+from latentedge.runtime.selection import PRECISIONS, holds_floor, library_version
 
 #: What runs where nothing was measured.
 REFERENCE_BACKEND = "onnxruntime"
@@ -137,7 +137,10 @@ def _timed_record(backend: str, precision: str, seconds: list[float]) -> Record:
 
 
 def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn, floor_db: float) -> Record:
-    """Pictures of a precision against fp32's. ``floor_db`` is the floor of the worst, ``floor_mean_db`` of the mean."""
+    """Pictures of a precision against fp32's. ``floor_db`` is the floor of the worst, ``floor_mean_db`` of the mean.
+
+    ``psnr_low_db``, the lower end of the mean's interval, is what has to be above the latter: other pictures differ.
+    """
     found = differences(reference, drawn)
     mean, worst = summary(found)
     return {
@@ -146,16 +149,12 @@ def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn,
         "precision": precision,
         "pictures": len(found),
         "psnr_db": mean,
+        "psnr_low_db": mean_low([entry.psnr_db for entry in found]),
         "psnr_worst_db": worst,
         "ssim": sum(entry.ssim for entry in found) / len(found),
         "floor_db": floor_db - WORST_BELOW_DB,
         "floor_mean_db": floor_db,
     }
-
-
-def holds(record: Record) -> bool:
-    """Whether a quality record is above both of its floors."""
-    return bool(record["psnr_db"] >= record["floor_mean_db"] and record["psnr_worst_db"] >= record["floor_db"])
 
 
 def with_correction(bundle: Bundle, precision: str, record: Record | None, *, note: Record | None = None) -> Bundle:
@@ -195,7 +194,7 @@ def measure(
             bundle, quality[precision] = shot.best(bundle, corrections.get(precision))
         records = list(quality.values())
         if target.timed:
-            race = Race(target.backend, {precision: holds(record) for precision, record in quality.items()})
+            race = Race(target.backend, {precision: holds_floor(record) for precision, record in quality.items()})
             times = _timed(stack, bundle, component, target, engines, probes[0].inputs, race)
             records += race.records(times).values()
             if REFERENCE in times:

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from latentedge.calibration.metrics import RESAMPLES, TAIL
 from latentedge.runtime.bundle import Array
 from latentedge.runtime.engines import Engine
 
@@ -24,9 +25,6 @@ LEAST_ROUNDS = 5
 REPEATS = 2
 #: A measurement that decides nothing goes on until it has taken so many times its budget and rounds.
 EXTENSIONS = 3
-#: Resamples of the bootstrap behind a ratio's interval, and the tail that it leaves out on either side.
-RESAMPLES = 2000
-TAIL = 0.025
 
 #: Inputs that are written once for a picture.
 CONDITIONING = ("encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond")

@@ -17,6 +17,9 @@ from latentedge.calibration.applying import Outcome, Part
 from latentedge.calibration.options import Reporter
 from latentedge.calibration.plan import INT8, Plan
 
+#: What :func:`floors` says of pictures that are good enough.
+HELD = "held"
+
 #: What the user reads for each stage.
 STAGES = {
     "capture": "observing the fp32 trajectory",
@@ -129,9 +132,11 @@ def floors(row: dict[str, Any]) -> str:
     """Whether the mean and the worst picture hold their floors, and which one does not."""
     if row["quality.psnr_db"] < row["quality.floor_mean_db"]:
         return f"mean below {row['quality.floor_mean_db']:g}"
+    if row["quality.psnr_low_db"] < row["quality.floor_mean_db"]:
+        return f"mean perhaps below {row['quality.floor_mean_db']:g}"
     if row["quality.psnr_worst_db"] < row["quality.floor_db"]:
         return f"worst below {row['quality.floor_db']:g}"
-    return "held"
+    return HELD
 
 
 def _measured(part: Part) -> Table:

@@ -133,16 +133,17 @@ def good_enough(component: Component, backend: str, precision: str) -> bool:
     Without a record only fp32 is good enough.
     """
     records = _quality(component, backend, precision)
-    return all(map(_holds, records)) and (bool(records) or precision == "fp32")
+    return all(map(holds_floor, records)) and (bool(records) or precision == "fp32")
 
 
 def below_floor(bundle: Bundle, choice: Choice) -> str | None:
     """What the caller of a precision below its quality floor must know, with the figures; ``None`` above it."""
     for record in _quality(_denoiser(bundle), choice.backend, choice.precision):
-        if not _holds(record):
+        if not holds_floor(record):
+            sure = f" (for certain {record['psnr_low_db']:.1f})" if "psnr_low_db" in record else ""
             return (
                 f"{choice.precision} with {choice.backend} is below this bundle's quality floor: "
-                f"{record.get('psnr_db', record['psnr_worst_db']):.1f} dB PSNR on average and "
+                f"{record.get('psnr_db', record['psnr_worst_db']):.1f} dB PSNR on average{sure} and "
                 f"{record['psnr_worst_db']:.1f} dB at worst against fp32 "
                 f"(floors {record.get('floor_mean_db', record['floor_db']):g} and {record['floor_db']:g} dB)."
             )
@@ -159,8 +160,9 @@ def _quality(component: Component, backend: str, precision: str) -> list[dict[st
     ]
 
 
-def _holds(record: dict[str, Any]) -> bool:
-    mean = record.get("psnr_db", record["psnr_worst_db"])
+def holds_floor(record: dict[str, Any]) -> bool:
+    """Whether a quality record's worst picture and its mean (the lower end of its interval) are above their floors."""
+    mean = record.get("psnr_low_db", record.get("psnr_db", record["psnr_worst_db"]))
     return bool(
         record["psnr_worst_db"] >= record["floor_db"] and mean >= record.get("floor_mean_db", record["floor_db"])
     )

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from latentedge.calibration.correct import fit, fit_if_better
-from latentedge.calibration.gate import REFERENCE, Race, holds, with_records
+from latentedge.calibration.gate import REFERENCE, Race, with_records
 from latentedge.calibration.latency import ratio, saved
-from latentedge.calibration.metrics import frechet_distance, latent_features, psnr, sqnr, ssim
+from latentedge.calibration.metrics import frechet_distance, latent_features, mean_low, psnr, sqnr, ssim
 from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.correction import Correction
+from latentedge.runtime.selection import holds_floor
 
 
 def test_psnr_and_sqnr_of_known_errors() -> None:
@@ -152,7 +153,18 @@ def test_what_was_proven_stays_where_a_new_measurement_is_undecided(bundle: Bund
 
 
 def test_both_floors_count() -> None:
-    record = {"psnr_db": 31.0, "psnr_worst_db": 25.0, "floor_mean_db": 30.0, "floor_db": 24.0}
-    assert holds(record)
-    assert not holds({**record, "psnr_db": 29.9})
-    assert not holds({**record, "psnr_worst_db": 23.9})
+    record = {"psnr_low_db": 30.5, "psnr_db": 31.0, "psnr_worst_db": 25.0, "floor_mean_db": 30.0, "floor_db": 24.0}
+    assert holds_floor(record)
+    assert not holds_floor({**record, "psnr_low_db": 29.9})
+    assert not holds_floor({**record, "psnr_worst_db": 23.9})
+
+
+def test_a_mean_of_few_pictures_far_apart_is_not_certain() -> None:
+    """Pictures of a codebook: all alike, or one entry turned over."""
+    alike, apart = [31.0, 31.5, 30.8, 31.2] * 4, [100.0, 18.0, 19.0, 20.0] * 4
+    assert np.mean(alike) - 0.2 < mean_low(alike) < np.mean(alike)
+    assert np.mean(apart) > 39
+    assert mean_low(apart) < 30
+    random = np.random.default_rng(3)
+    covered = [mean_low(random.normal(32, 2, 16)) <= 32 for _ in range(200)]
+    assert 0.9 <= np.mean(covered) < 1

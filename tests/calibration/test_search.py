@@ -149,7 +149,7 @@ def test_a_block_that_breaks_the_floor_does_not_end_the_plan(monkeypatch: pytest
     """Alone its one picture was lucky; the blocks behind it in the order are as good as those before it."""
     names = [f"block {number}" for number in range(20)]
     blocks = [block(name, 60 - number, None) for number, name in enumerate(names)]
-    worst = {name: 50.0 for name in names} | {"block 3": 20.0, "block 11": 22.0}
+    worst = dict.fromkeys(names, 50.0) | {"block 3": 20.0, "block 11": 22.0}
     assert choose(monkeypatch, blocks, worst, 30).quantised_blocks() == set(names) - {"block 3", "block 11"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 import tempfile
@@ -29,20 +30,39 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new folder beside ``output`` that becomes ``output`` at the end, or is deleted on any failure or Ctrl-C.
 
     :class:`UsageError` when ``output`` exists and may not be replaced: without ``overwrite``, or when it is not a
-    bundle.
+    bundle. :class:`ExportError` when it cannot be written.
     """
     output = output.absolute()
     check_output(output, overwrite=overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise _not_written(output, error) from error
     try:
         # mkdtemp's folder is for its owner only; a bundle is as readable as any other folder.
         folder.chmod(0o755)
         yield folder
         check_output(output, overwrite=overwrite)
         _replace(folder, output)
+    except OSError as error:
+        file = Path(error.filename or folder)
+        if file != output and not file.is_relative_to(folder):
+            raise
+        raise _not_written(output, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _not_written(output: Path, error: OSError) -> ExportError:
+    # numpy's writer gives no number.
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+    hint = (
+        "a bundle takes about as much as its checkpoint, for each precision: free that much, or choose an -o elsewhere"
+        if full
+        else "choose an -o in a folder that you may write to"
+    )
+    return ExportError(f"{output} cannot be written: {error}. Nothing is left of it.", hint=hint)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import traceback
@@ -101,4 +102,8 @@ def describe(error: BaseException) -> str:
     """An error as the user reads it: one paragraph, then the hint."""
     if isinstance(error, MemoryError):
         return f"out of memory{f': {error}' if str(error) else ''}\n\nhint: try --low-memory, or a smaller picture"
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "free space on that disk" if full else "see that its folder exists and that you may read and write there"
+        return f"{error}\n\nhint: {hint}"
     return str(error)

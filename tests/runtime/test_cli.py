@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from latentedge.runtime.cli import COMMANDS, run
+from latentedge.runtime.cli import COMMANDS, describe, run
 
 #: Modules that a device does not have; importing them is made to fail.
 BLOCKED = ("torch", "onnx", "onnxscript", "diffusers", "transformers", "onnxruntime", "openvino", "matplotlib", "rich")
@@ -78,3 +79,16 @@ sys.exit(run(["calibrate", "x.bundle"], debug=False))
     assert done.returncode == 1
     assert "which is not installed" in done.stderr
     assert "pip install 'latentedge[calibration]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "hint: free space"),
+        (PermissionError(errno.EACCES, "Permission denied", "plan"), "hint: see that its folder exists"),
+    ],
+)
+def test_system_errors_have_hints(error: OSError, hint: str) -> None:
+    paragraph, _, rest = describe(error).partition("\n\n")
+    assert paragraph == str(error)
+    assert rest.startswith(hint)

@@ -24,7 +24,7 @@ from latentedge.runtime.bundle import Array, Bundle, graph_precision
 from latentedge.runtime.engines import BACKENDS, Engine, open_engine
 from latentedge.runtime.errors import EngineError
 from latentedge.runtime.machine import machine_fingerprint
-from latentedge.runtime.selection import PRECISIONS, holds_floor, library_version
+from latentedge.runtime.selection import PRECISIONS, holds_floor, latency_identity
 
 #: What runs where nothing was measured.
 REFERENCE_BACKEND = "onnxruntime"
@@ -105,7 +105,8 @@ class Race:
             if name == REFERENCE:
                 continue
             bounds = self.against(times, name)
-            record = _timed_record(self.backend, name, seconds)
+            record = latency_identity(self.backend, name, machine_fingerprint())
+            record["seconds"] = sorted(seconds)[len(seconds) // 2]
             record |= {"reference": named, "ratio": bounds[0].ratio, "rounds": bounds[0].rounds}
             record |= {"ratio_low": min(b.low for b in bounds), "ratio_high": min(b.high for b in bounds)}
             record["verdict"] = "reference" if name == reference else verdict(bounds)
@@ -123,17 +124,6 @@ def verdict(bounds: Sequence[Ratio]) -> str:
     if all(found == FASTER for found in verdicts):
         return FASTER
     return next((found for found in verdicts if found not in (FASTER, UNDECIDED)), UNDECIDED)
-
-
-def _timed_record(backend: str, precision: str, seconds: list[float]) -> Record:
-    return {
-        "kind": "latency",
-        "backend": backend,
-        "precision": precision,
-        "machine": machine_fingerprint(),
-        "library": library_version(backend),
-        "seconds": float(sorted(seconds)[len(seconds) // 2]),
-    }
 
 
 def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn, floor_db: float) -> Record:

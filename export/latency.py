@@ -16,7 +16,7 @@ from latentedge.runtime.engines import EngineOptions, open_engine
 from latentedge.runtime.engines.base import Engine
 from latentedge.runtime.errors import PrecisionError
 from latentedge.runtime.machine import machine_fingerprint
-from latentedge.runtime.selection import library_version
+from latentedge.runtime.selection import latency_identity
 
 #: Rounds in which every precision runs once; fewer when they take longer than the budget, but at least three.
 ROUNDS = 20
@@ -87,11 +87,7 @@ def latency_record(precision: str, backend: str, seconds: Mapping[str, list[floa
     reference = np.array(seconds.get("fp32", seconds[precision]))
     ratios = reference / times
     return {
-        "kind": "latency",
-        "backend": backend,
-        "precision": precision,
-        "machine": machine_fingerprint(),
-        "library": library_version(backend),
+        **latency_identity(backend, precision, machine_fingerprint()),
         "seconds": float(np.median(times)),
         "ratio": float(np.median(ratios)),
         "ratio_low": float(np.quantile(ratios, 0.25)),
@@ -104,8 +100,8 @@ def _with_latency(variant: Variant, precision: str, backend: str, seconds: Mappi
     if precision not in seconds:
         return variant
     record = latency_record(precision, backend, seconds)
-    identity = ("kind", "backend", "precision", "machine", "library")
-    others = [old for old in variant.measured if any(old.get(name) != record[name] for name in identity)]
+    identity = latency_identity(backend, precision, machine_fingerprint())
+    others = [old for old in variant.measured if any(old.get(k) != v for k, v in identity.items())]
     return dataclasses.replace(variant, measured=(*others, record))
 
 

@@ -112,15 +112,15 @@ def _speed(component: Component, backend: str, precision: str, default: str) -> 
     return record["ratio"] / base["ratio"], record["ratio_low"] / base["ratio"]
 
 
+def latency_identity(backend: str, precision: str, machine: str) -> dict[str, Any]:
+    """What a latency record is a measurement of: one setting on one machine, with the library that is installed."""
+    names = {"kind": "latency", "backend": backend, "precision": precision}
+    return {**names, "machine": machine, "library": library_version(backend)}
+
+
 def latency_record(component: Component, backend: str, precision: str, machine: str) -> dict[str, Any] | None:
     """The latest latency record of a backend and precision on ``machine`` with the library that is installed."""
-    expected = {
-        "kind": "latency",
-        "backend": backend,
-        "precision": precision,
-        "machine": machine,
-        "library": library_version(backend),
-    }
+    expected = latency_identity(backend, precision, machine)
     found = None
     for record in _records(component, precision):
         found = record if all(record.get(name) == value for name, value in expected.items()) else found

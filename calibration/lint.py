@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from latentedge.calibration.graph import RESHAPING, WEIGHTED, constant, is_constant
+from latentedge.calibration.placement import SMALLEST_WIDTH, is_one_row
+from latentedge.calibration.quantise import OPSET_PER_CHANNEL
 from latentedge.runtime.bundle import Array
 
 #: Operators of quantised arithmetic that TensorRT does not take.
@@ -44,14 +46,18 @@ class Finding:
 def lint(model: ir.Model, *, quantised_outputs: bool = False) -> list[Finding]:
     """Every rule that ``model`` breaks; ``quantised_outputs`` allows Q/DQ after convolutions (ONNX Runtime's CPU)."""
     findings: list[Finding] = []
+    opset = model.opset_imports.get("", 0)
     for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and opset < OPSET_PER_CHANNEL:
+            detail = f"opset {opset} knows no scales by channel"
+            findings.append(Finding(_name(node), f"opset {OPSET_PER_CHANNEL} or later", detail))
         if node.op_type in REFUSED:
             findings.append(Finding(_name(node), "explicit Q/DQ only", f"{node.op_type} is not Q/DQ"))
         elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             findings += _scales(node)
             findings += _pair(node)
         if node.op_type == "DequantizeLinear":
-            findings += _readers(node)
+            findings += _readers(node, quantised_outputs)
         if node.op_type == "QuantizeLinear":
             findings += _source(node, quantised_outputs)
         if node.op_type in WEIGHTED:
@@ -114,7 +120,7 @@ def _array(value: ir.Value | None) -> Array:
     return np.empty(0) if array is None else array
 
 
-def _readers(node: ir.Node) -> list[Finding]:
+def _readers(node: ir.Node, quantised_outputs: bool) -> list[Finding]:
     """DQ feeds weight-bearing layers, at their activation or weight; never a bias, a norm, a softmax or the output."""
     found = []
     if node.outputs[0].is_graph_output():
@@ -125,6 +131,9 @@ def _readers(node: ir.Node) -> list[Finding]:
             found.append(
                 Finding(_name(node), "norms and softmax in float", f"{_name(reader)} ({reader.op_type}) reads it")
             )
+        elif reader.op_type == "Resize" and not quantised_outputs:
+            detail = f"{_name(reader)} repeats its values; Q/DQ belongs behind it"
+            found.append(Finding(_name(node), "no Q/DQ before Resize", detail))
         elif reader.op_type in WEIGHTED and use.idx == 2:
             found.append(Finding(_name(node), "float bias", f"it is the bias of {_name(reader)}"))
         elif reader.op_type in ("MatMul", "Gemm") and not is_quantised_weight(reader.inputs[1]):
@@ -176,6 +185,9 @@ def _layer(node: ir.Node) -> list[Finding]:
         return [Finding(_name(node), "both sides or none", f"only its {side} is quantised")]
     if not quantised or weight is None:
         return []
+    small = _small(node, weight)
+    if small is not None:
+        return [Finding(_name(node), "small shapes in float", small)]
     scales = _array(weight.inputs[1])
     axis = CHANNEL_AXIS.get(node.op_type, 0 if node.attributes.get_int("transB", 0) else 1)
     if scales.size > 1 and weight.attributes.get_int("axis", 1) != axis:
@@ -183,3 +195,15 @@ def _layer(node: ir.Node) -> list[Finding]:
             Finding(_name(node), "scales by output channel", f"its weight's scales lie along another axis than {axis}")
         ]
     return []
+
+
+def _small(node: ir.Node, weight: ir.Node) -> str | None:
+    """Why no kernel gains from this layer in INT8: too few channels, groups, or one row for each picture."""
+    if node.attributes.get_int("group", 1) != 1:
+        return f"a convolution of {node.attributes.get_int('group', 1)} groups"
+    producer = weight.inputs[0].producer() if weight.inputs[0] is not None else None
+    array = constant(weight.inputs[0] if producer is None else producer.inputs[0])
+    if array is not None and min(array.shape[:2]) < SMALLEST_WIDTH:
+        return f"{array.shape[0]} by {array.shape[1]} channels, fewer than {SMALLEST_WIDTH}"
+    data = node.inputs[0]
+    return "a matrix of one row" if data is not None and is_one_row(data) else None

@@ -58,9 +58,15 @@ def _kept(layer: Layer, nodes: dict[str, ir.Node], latent: set[str], first: set[
         return f"fewer than {SMALLEST_WIDTH} channels"
     if layer.activation not in latent and not _reads_context(layer, nodes):
         return "time or vector embedding"
-    if layer.kind == "Gemm":
+    data = nodes[layer.node].inputs[0]
+    if layer.kind == "Gemm" or (layer.linear and data is not None and is_one_row(data)):
         return "matrix with one row for each picture"
     return None
+
+
+def is_one_row(value: ir.Value) -> bool:
+    """Whether a value is known to be a matrix of one row."""
+    return value.shape is not None and len(value.shape) == 2 and value.shape[0] == 1
 
 
 def _depends_on(model: ir.Model, name: str | None) -> set[str]:

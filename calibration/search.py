@@ -12,7 +12,7 @@ from latentedge.calibration import smoothing
 from latentedge.calibration.graph import Layer, constant, node_by_name, value_by_name
 from latentedge.calibration.layers import Run, attributes_of, fake_quantise, layer_run, relative_error, rows_of
 from latentedge.calibration.observers import TensorStatistics
-from latentedge.calibration.placement import Placed, place
+from latentedge.calibration.placement import SMALLEST_WIDTH, Placed, place
 from latentedge.calibration.plan import ActivationPlan
 from latentedge.calibration.ranges import OBSERVERS
 from latentedge.calibration.weights import quantise_weight
@@ -221,6 +221,8 @@ class Search:
                 continue
             parts = list(entry.split)
             if excluded & set(parts) or any(part not in self.statistics for part in parts):
+                continue
+            if min(self.statistics[part].channel_amax.size for part in parts) < SMALLEST_WIDTH:
                 continue
             reader = self._readers([entry])[0]
             data = [probe[entry.layer.activation] for probe in fetched]

@@ -238,6 +238,32 @@ def test_plan_round_trip(tmp_path: Path) -> None:
         Plan.load(tmp_path / "plan.json")
 
 
+def small(model: ir.Model, conv: ir.Node, dequantized: ir.Node) -> ir.Node:
+    stored = conv.inputs[1].producer().inputs[0]  # type: ignore[union-attr]
+    stored.const_value = ir.tensor(np.asarray(stored.const_value.numpy())[:, :8])  # type: ignore[union-attr]
+    return conv
+
+
+def one_row(model: ir.Model, conv: ir.Node, dequantized: ir.Node) -> ir.Node:
+    linear = next(node for node in model.graph if node.op_type == "MatMul" and node.inputs[1].producer() is not None)
+    linear.inputs[0].shape = ir.Shape([1, 32])  # type: ignore[union-attr]
+    return linear
+
+
+def resize(model: ir.Model, conv: ir.Node, dequantized: ir.Node) -> ir.Node:
+    model.graph.insert_after(dequantized, ir.node("Resize", [dequantized.outputs[0]], name="upsampled"))
+    return dequantized
+
+
+def opset(model: ir.Model, conv: ir.Node, dequantized: ir.Node) -> ir.Node:
+    model.opset_imports[""] = 12
+    return dequantized
+
+
+#: Changes of shapes, operators and versions; each gives the node at fault.
+CHANGED = {"small": small, "one row": one_row, "resize": resize, "opset": opset}
+
+
 def broken(change: str) -> tuple[ir.Model, str]:
     """A quantised graph with one rule broken, and the node at fault."""
     model = graph()
@@ -283,18 +309,36 @@ def broken(change: str) -> tuple[ir.Model, str]:
         model.graph.register_initializer(scale)
         pair[1].replace_input_with(1, scale)
         return model, pair[1].name or ""
-    assert change == "axis"
     conv = nodes["node_down.0.res.0.conv1_output"]
+    if change in CHANGED:
+        return model, CHANGED[change](model, conv, pair[1]).name or ""
+    assert change == "axis"
     dq = conv.inputs[1].producer()  # type: ignore[union-attr]
     dq.attributes["axis"] = ir.AttrInt64("axis", 1)  # type: ignore[union-attr]
     return model, conv.name or ""
 
 
-@pytest.mark.parametrize("change", ["zero scale", "attention", "bias", "half a layer", "output", "other scale", "axis"])
+#: What is done to a clean graph, and the rule that it breaks.
+CHANGES = {
+    "zero scale": "positive finite scale",
+    "attention": "attention in float",
+    "bias": "float bias",
+    "half a layer": "both sides or none",
+    "output": "float output",
+    "other scale": "equal scales",
+    "small": "small shapes in float",
+    "one row": "small shapes in float",
+    "resize": "no Q/DQ before Resize",
+    "opset": "opset 13 or later",
+    "axis": "scales by output channel",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_linter_names_the_node_that_breaks_a_rule(change: str) -> None:
     model, node = broken(change)
     findings = lint(model)
-    assert node in {finding.node for finding in findings}, [str(finding) for finding in findings]
+    assert (node, CHANGES[change]) in {(finding.node, finding.rule) for finding in findings}, list(map(str, findings))
 
 
 def test_quantised_outputs_are_allowed_where_asked() -> None:

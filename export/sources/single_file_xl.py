@@ -76,32 +76,32 @@ class ExtendedUNet(nn.Module):
 
 
 class FirstTextEncoder(nn.Module):
-    """CLIP without its last layer and final norm."""
+    """CLIP: the last states after the final norm, and the penultimate layer's, which the UNet takes."""
 
     def __init__(self, encoder: FrozenCLIPEmbedder) -> None:
         super().__init__()
         self.text_model = encoder.transformer.text_model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Token ids int64 [batch, tokens] to the penultimate layer's states."""
-        result: Tensor = self.text_model.hidden_states(input_ids)[-2]
-        return result
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids int64 [batch, tokens] to two states [batch, tokens, width]."""
+        states = self.text_model.hidden_states(input_ids)
+        return self.text_model.final_layer_norm(states[-1]), states[-2]
 
 
 class SecondTextEncoder(nn.Module):
-    """OpenCLIP: the penultimate layer's states, and the projected state at the end of the text."""
+    """OpenCLIP: the states that ``FirstTextEncoder`` gives, and the projected state at the end of the text."""
 
     def __init__(self, encoder: FrozenOpenCLIPEmbedder) -> None:
         super().__init__()
         self.model = encoder.model
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids int64 [batch, tokens] to states [batch, tokens, width] and pooled [batch, width]."""
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids int64 [batch, tokens] to two states [batch, tokens, width] and pooled [batch, width]."""
         states = self.model.hidden_states(input_ids)
         last = self.model.ln_final(states[-1])
         # The end token has the largest number.
         ends = input_ids.to(torch.int32).argmax(dim=-1)[:, None, None].expand(-1, 1, last.shape[2])
-        return states[-2], last.gather(1, ends).squeeze(1) @ self.model.text_projection
+        return last, states[-2], last.gather(1, ends).squeeze(1) @ self.model.text_projection
 
 
 def load_xl(checkpoint: Checkpoint, options: SourceOptions) -> SourceModel:
@@ -213,7 +213,7 @@ def _text_component(
 ) -> ComponentSource:
     length, width = config.max_position_embeddings, config.hidden_size
     ids = TensorSpec("input_ids", "int64", ("batch", length))
-    outputs = [TensorSpec(encoder.output, "float32", ("batch", length, width))]
+    outputs = [TensorSpec(name, "float32", ("batch", length, width)) for name in ("last_hidden_state", encoder.output)]
     if encoder.pooled_output is not None:
         outputs.append(TensorSpec(encoder.pooled_output, "float32", ("batch", width)))
     spec = Component(encoder.component, (ids,), tuple(outputs), {"batch": Axis(1, 2, LARGEST_BATCH)})

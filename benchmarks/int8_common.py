@@ -66,13 +66,14 @@ class Setting:
 
 
 class RecordingEngine(Engine):
-    """Runs another engine and keeps the inputs of the evaluations that calibration observes."""
+    """Runs another engine and keeps the inputs of every ``stride``-th evaluation, as calibration observes them."""
 
     backend = "recording"
 
-    def __init__(self, inner: Engine) -> None:
+    def __init__(self, inner: Engine, stride: int = STRIDE) -> None:
         super().__init__(inner.component, "fp32")
         self.inner = inner
+        self.stride = stride
         self.offset = 0
         self.number = 0
         self.kept: list[dict[str, Array]] = []
@@ -86,7 +87,7 @@ class RecordingEngine(Engine):
         self.inner.write(spec.name, array)
 
     def _run(self) -> None:
-        if (self.number + self.offset) % STRIDE == 0:
+        if (self.number + self.offset) % self.stride == 0:
             self.kept.append({name: array.copy() for name, array in self._inputs.items()})
         self.number += 1
         self.inner.run()

@@ -47,7 +47,7 @@ def main(
     bundle = Bundle.open(path)
     side = size // bundle.manifest.latent.downscale
     inputs = inputs_of(bundle, component, {"batch": batch, "latent_height": side, "latent_width": side})
-    plan, evidence = untuned_plan(bundle, component, inputs, place_for or backend)
+    plan, evidence = untuned_plan(bundle, component, [inputs], place_for or backend)
     target = Target(backend, "int8", "fp32")
     with candidate(bundle, plan, evidence) as trial, ExitStack() as stack:
         wanted = [name for name in gate.precisions_of(backend) if name != "fp16"]

@@ -1,26 +1,37 @@
-"""INT8 graphs to measure speed with: every layer that the rules allow, ranges from one evaluation of random inputs.
+"""INT8 graphs to measure speed with: every layer that the rules allow, ranges from a single picture.
 
-What such a graph costs does not depend on its ranges; what it draws does, so it is no replacement for calibration.
+What such a graph costs does not depend on its ranges; what it draws does, so it is no replacement for calibration. What
+it is worth is measured all the same: a pipeline takes the decoder's only where this machine's records allow it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from latentedge.benchmarks.worker import example
+from latentedge.benchmarks.int8_common import RecordingEngine
+from latentedge.benchmarks.worker import PROMPT, example
+from latentedge.calibration import gate
 from latentedge.calibration.candidates import build, variant_of, with_variant, write_manifest
 from latentedge.calibration.capture import open_observed
 from latentedge.calibration.graph import load_graph, name_nodes, save_graph
 from latentedge.calibration.observers import TensorStatistics
+from latentedge.calibration.pictures import draw
 from latentedge.calibration.placement import place
 from latentedge.calibration.plan import INT8, ActivationPlan, BlockPlan, Plan
 from latentedge.calibration.quantise import Evidence
+from latentedge.calibration.records import Probe
+from latentedge.calibration.scene import Target
 from latentedge.runtime.bundle import Array, Bundle
+from latentedge.runtime.engines import EngineOptions
+from latentedge.runtime.pipeline import Pipeline
 
 #: Components that calibration quantises.
-COMPONENTS = ("unet", "vae_decoder")
+DENOISER, DECODER = COMPONENTS = ("unet", "vae_decoder")
+#: Pictures that graphs are judged by, and their lowest mean PSNR against fp32 in dB.
+PICTURES, FLOOR_DB = 4, 30.0
 
 
 def inputs_of(bundle: Bundle, component: str, axes: Mapping[str, int]) -> dict[str, Array]:
@@ -31,14 +42,28 @@ def inputs_of(bundle: Bundle, component: str, axes: Mapping[str, int]) -> dict[s
     return {spec.name: example(declared, spec.name, lengths, generator) for spec in declared.inputs}
 
 
-def untuned_plan(bundle: Bundle, component: str, inputs: dict[str, Array], backend: str) -> tuple[Plan, Evidence]:
-    """Everything in INT8, with the absolute maximum of one evaluation."""
+def recorded_inputs(
+    bundle: Bundle, request: Mapping[str, Any], threads: int | None
+) -> dict[str, list[dict[str, Array]]]:
+    """What denoiser and decoder read while one picture is drawn in fp32, by component."""
+    arguments = dict(request)
+    with Pipeline(bundle, "onnxruntime", "fp32", EngineOptions(threads=threads)) as plain:
+        recording = {name: RecordingEngine(plain.engine(name), stride=1) for name in COMPONENTS}
+        with Pipeline(bundle, "onnxruntime", "fp32", engines=dict(recording)) as pipeline:
+            pipeline.generate(arguments.pop("prompt", PROMPT), **arguments)
+        return {name: engine.kept for name, engine in recording.items()}
+
+
+def untuned_plan(
+    bundle: Bundle, component: str, inputs: Sequence[dict[str, Array]], backend: str
+) -> tuple[Plan, Evidence]:
+    """Everything in INT8, with the absolute maximum over a few evaluations."""
     observed = open_observed(bundle, component, outputs=backend == "onnxruntime", threads=None)
-    statistics = {}
-    for name, array in observed.fetch(inputs).items():
-        axis = observed.axis_of(name)
-        statistics[name] = TensorStatistics.empty(array.shape[axis])
-        statistics[name].observe(array, axis, 500.0)
+    statistics: dict[str, TensorStatistics] = {}
+    for given in inputs:
+        for name, array in observed.fetch(given).items():
+            axis = observed.axis_of(name)
+            statistics.setdefault(name, TensorStatistics.empty(array.shape[axis])).observe(array, axis, 500.0)
     observed.close()
     model = load_graph(bundle.variant(component, "fp32")[0])
     name_nodes(model)
@@ -60,13 +85,38 @@ def untuned_plan(bundle: Bundle, component: str, inputs: dict[str, Array], backe
     return plan, Evidence(statistics)
 
 
-def write_untuned(bundle: Bundle, axes: Mapping[str, int], backend: str) -> Bundle:
-    """Give denoiser and decoder of ``bundle`` an int8 variant where they have none; the bundle as it is then."""
-    for component in COMPONENTS:
-        if component in bundle.manifest.components and "int8" not in bundle.component(component).variants:
-            inputs = inputs_of(bundle, component, {**axes, "batch": 1} if component == "vae_decoder" else axes)
-            model, _ = build(bundle, *untuned_plan(bundle, component, inputs, backend))
-            path = bundle.variant(component, "fp32")[0].with_name("model.int8.onnx")
-            bundle = with_variant(bundle, component, "int8", variant_of(bundle, save_graph(model, path)))
-            write_manifest(bundle)
+def write_untuned(bundle: Bundle, request: Mapping[str, Any], backend: str, threads: int | None) -> Bundle:
+    """Give denoiser and decoder of ``bundle`` an int8 variant; the bundle as it is then.
+
+    ``request``: arguments of ``generate`` of the picture that ranges come from.
+    """
+    recorded = recorded_inputs(bundle, request, threads)
+    for component, inputs in recorded.items():
+        model, _ = build(bundle, *untuned_plan(bundle, component, inputs, backend))
+        path = bundle.variant(component, "fp32")[0].with_name("model.int8.onnx")
+        bundle = with_variant(bundle, component, "int8", variant_of(bundle, save_graph(model, path)))
+    write_manifest(bundle)
+    return bundle
+
+
+def judge(bundle: Bundle, target: Target, request: Mapping[str, Any], notify: Callable[[str], None]) -> Bundle:
+    """Record what the int8 graphs of ``bundle`` are worth on this machine; the bundle as it is then.
+
+    The decoder is timed beside the float precisions and judged by its pictures, as calibration's gate does it; the
+    denoiser, which runs in the precision that is asked for, is judged by its pictures only. ``request``: arguments of
+    ``generate`` that all pictures share, with the size.
+    """
+    requests = [{"prompt": PROMPT, **request, "seed": seed} for seed in range(1, PICTURES + 1)]
+    side = request["height"] // bundle.manifest.latent.downscale
+    inputs = inputs_of(bundle, DECODER, {"batch": 1, "latent_height": side, "latent_width": side})
+    probe = Probe(0, 0, inputs, np.zeros(0, np.float32))
+    bundle, _ = gate.measure(bundle, DECODER, target, [probe], requests, FLOOR_DB, {}, notify)
+    drawn = []
+    for precision in ("fp32", target.precision):
+        with Pipeline(bundle, target.backend, precision, target.options) as pipeline:
+            drawn.append(draw(pipeline, requests))
+    record = gate.quality_record(target.precision, target.backend, *drawn, FLOOR_DB)
+    notify(f"{target.precision}: {record['psnr_db']:.1f} dB on average, {record['psnr_worst_db']:.1f} at worst")
+    bundle = gate.with_records(bundle, DENOISER, [record])
+    write_manifest(bundle)
     return bundle

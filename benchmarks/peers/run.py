@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,13 @@ HERE = Path(__file__).parent
 
 #: Seconds of this project and of a peer, by round.
 Pair = tuple[list[float], list[float]]
+
+#: Pause before each turn: threads of ONNX Runtime and OpenMP go on spinning for a while after their last work, and would
+#: take a core from whoever comes next.
+SETTLING_SECONDS = 0.3
+
+#: Guidance of every picture, which makes two evaluations of each step.
+GUIDANCE_SCALE = 7.5
 
 #: Side of a picture in pixels, and pixels of a latent's side for the downscaling of the workload's decoder.
 SIDES = {"sd15": (256, 8), "medium": (128, 4), "default": (64, 4)}
@@ -154,12 +162,8 @@ def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> No
         command = [str(Path(sys.executable).with_name("latentedge")), "export", str(options["folder"])]
         subprocess.run([*command, "-o", str(options["bundle"])], check=True)
     backend, precision = options["own"].split(":")
-    if graph_precision(precision) == "int8":
-        side, downscale = SIDES[workload]
-        from latentedge.benchmarks.int8_untuned import write_untuned
-
-        axes = {"batch": 2, "latent_height": side // downscale, "latent_width": side // downscale}
-        write_untuned(Bundle.open(options["bundle"]), axes, backend)
+    if graph_precision(precision) == "int8" and not _has(options["bundle"], DENOISER, "int8"):
+        _quantise(options["bundle"], SIDES[workload][0], backend, precision, options)
     prepare_bundle(options["bundle"], graph_precision(precision), caching=options["own_interval"] > 1)
 
 
@@ -168,14 +172,26 @@ def prepare_bundle(path: Path, precision: str, *, caching: bool) -> None:
     from latentedge.export.hoisting import hoist_bundle
     from latentedge.export.step_caching import cut_bundle
 
-    def has(part: str) -> bool:
-        found = Bundle.open(path).manifest.components.get(part_name(DENOISER, part))
-        return found is not None and precision in found.variants
-
-    if not has("step"):
+    if not _has(path, part_name(DENOISER, "step"), precision):
         hoist_bundle(path)
-    if caching and not has(SHALLOW):
+    if caching and not _has(path, part_name(DENOISER, SHALLOW), precision):
         cut_bundle(path)
+
+
+def _has(path: Path, component: str, precision: str) -> bool:
+    found = Bundle.open(path).manifest.components.get(component)
+    return found is not None and precision in found.variants
+
+
+def _quantise(path: Path, side: int, backend: str, precision: str, options: dict[str, Any]) -> None:
+    """INT8 graphs for a bundle with random weights, and what they are worth here."""
+    from latentedge.benchmarks.int8_untuned import judge, write_untuned
+    from latentedge.calibration.scene import Target
+
+    target = Target(backend, precision, precision.partition("+")[2] or "fp32", options["threads"])
+    request = {"steps": options["steps"], "height": side, "width": side, "guidance_scale": GUIDANCE_SCALE, "seed": 0}
+    bundle = write_untuned(Bundle.open(path), request, backend, options["threads"])
+    judge(bundle, target, request, lambda text: click.echo(text, err=True))
 
 
 def summary(row: dict[str, Any], own: str) -> str:
@@ -195,7 +211,7 @@ def summary(row: dict[str, Any], own: str) -> str:
 def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
     side, downscale = SIDES[workload]
     backend, precision = options["own"].split(":")
-    request = {"steps": options["steps"], "height": side, "width": side, "guidance_scale": 7.5}
+    request = {"steps": options["steps"], "height": side, "width": side, "guidance_scale": GUIDANCE_SCALE}
     settings = dict(peer["settings"])
     message = {
         "folder": str(options["folder"].absolute()),
@@ -235,8 +251,8 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
                 and peer["environment"] != "onnxruntime"
                 and "most_steps" not in peer["settings"]
             ):
-                pictures[0].append(own.ask("picture")["seconds"])
-                pictures[1].append(other.ask("picture")["seconds"])
+                pictures[0].append(_turn(own, "picture")["seconds"])
+                pictures[1].append(_turn(other, "picture")["seconds"])
         found = {
             "steps": message["steps"],
             "first_picture_seconds": [loaded["first_picture_seconds"], theirs["first_picture_seconds"]],
@@ -246,9 +262,14 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
         return found | {name: _result(*pair) for name, pair in measured.items() if pair[1]}
 
 
+def _turn(process: MeasuredProcess, do: str, **message: Any) -> dict[str, Any]:
+    time.sleep(SETTLING_SECONDS)
+    return process.ask(do, **message)
+
+
 def _step_round(own: MeasuredProcess, other: MeasuredProcess, steps: Pair, processor: Pair) -> None:
     """One guided step of each, the second of two, so that what the other one left in the caches does not count."""
-    answers = own.ask("component", name="unet", runs=2), other.ask("step", runs=2)
+    answers = _turn(own, "component", name="unet", runs=2), _turn(other, "step", runs=2)
     for index, answer in enumerate(answers):
         steps[index].append(answer["seconds"][-1])
         if "processor_seconds" in answers[1]:

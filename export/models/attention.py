@@ -185,5 +185,6 @@ class SpatialTransformer(nn.Module):
         hidden = tokens.transpose(1, 2).reshape(batch, -1, height, width)
         if not self.linear:
             hidden = self.proj_out(hidden)
-        result: Tensor = x + hidden
+        # In this order the sum keeps the memory layout of the projection, as in the original: torch then picks its kernels.
+        result: Tensor = hidden + x
         return result

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from latentedge.export.models.attention import AttentionBlock  # noqa: E402
+from latentedge.export.models.attention import AttentionBlock, SpatialTransformer  # noqa: E402
 from latentedge.export.models.conditioning import SpatialRescaler  # noqa: E402
 from latentedge.export.models.unet import UNetModel, timestep_embedding  # noqa: E402
 from latentedge.runtime.errors import UsageError  # noqa: E402
@@ -64,6 +64,14 @@ def test_both_orders_of_attention_are_the_same_network() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_transformer_hands_on_the_layout_that_the_original_does() -> None:
+    """The original's sum has the memory layout of its tokens; in another one, torch's kernels round differently."""
+    block = SpatialTransformer(64, heads=4, head_width=16, context_width=24).eval()
+    out = block(torch.randn(2, 64, 6, 4), torch.randn(2, 5, 24))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_fresh_network_gives_zero_and_a_residual_block_its_input() -> None:
     network = UNetModel(**SMALL).eval()
     x = torch.randn(1, 3, 8, 8)

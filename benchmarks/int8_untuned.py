@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from latentedge.benchmarks.int8_common import RecordingEngine
-from latentedge.benchmarks.worker import PROMPT, example
+from latentedge.benchmarks.worker import example
 from latentedge.calibration import gate
 from latentedge.calibration.candidates import build, variant_of, with_variant, write_manifest
 from latentedge.calibration.capture import open_observed
@@ -50,7 +50,7 @@ def recorded_inputs(
     with Pipeline(bundle, "onnxruntime", "fp32", EngineOptions(threads=threads)) as plain:
         recording = {name: RecordingEngine(plain.engine(name), stride=1) for name in COMPONENTS}
         with Pipeline(bundle, "onnxruntime", "fp32", engines=dict(recording)) as pipeline:
-            pipeline.generate(arguments.pop("prompt", PROMPT), **arguments)
+            pipeline.generate(arguments.pop("prompt", None), **arguments)
         return {name: engine.kept for name, engine in recording.items()}
 
 
@@ -106,16 +106,16 @@ def judge(bundle: Bundle, target: Target, request: Mapping[str, Any], notify: Ca
     denoiser, which runs in the precision that is asked for, is judged by its pictures only. ``request``: arguments of
     ``generate`` that all pictures share, with the size.
     """
-    requests = [{"prompt": PROMPT, **request, "seed": seed} for seed in range(1, PICTURES + 1)]
+    requests = [{**request, "seed": seed} for seed in range(1, PICTURES + 1)]
     side = request["height"] // bundle.manifest.latent.downscale
     inputs = inputs_of(bundle, DECODER, {"batch": 1, "latent_height": side, "latent_width": side})
     probe = Probe(0, 0, inputs, np.zeros(0, np.float32))
     bundle, _ = gate.measure(bundle, DECODER, target, [probe], requests, FLOOR_DB, {}, notify)
-    drawn = []
+    drawn = {}
     for precision in ("fp32", target.precision):
         with Pipeline(bundle, target.backend, precision, target.options) as pipeline:
-            drawn.append(draw(pipeline, requests))
-    record = gate.quality_record(target.precision, target.backend, *drawn, FLOOR_DB)
+            drawn[precision] = draw(pipeline, requests)
+    record = gate.quality_record(target.precision, target.backend, drawn["fp32"], drawn[target.precision], FLOOR_DB)
     notify(f"{target.precision}: {record['psnr_db']:.1f} dB on average, {record['psnr_worst_db']:.1f} at worst")
     bundle = gate.with_records(bundle, DENOISER, [record])
     write_manifest(bundle)

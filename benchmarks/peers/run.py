@@ -189,7 +189,8 @@ def _quantise(path: Path, side: int, backend: str, precision: str, options: dict
     from latentedge.calibration.scene import Target
 
     target = Target(backend, precision, precision.partition("+")[2] or "fp32", options["threads"])
-    request = {"steps": options["steps"], "height": side, "width": side, "guidance_scale": GUIDANCE_SCALE, "seed": 0}
+    request = {"prompt": PROMPT, "steps": options["steps"], "height": side, "width": side, "seed": 0}
+    request["guidance_scale"] = GUIDANCE_SCALE
     bundle = write_untuned(Bundle.open(path), request, backend, options["threads"])
     judge(bundle, target, request, lambda text: click.echo(text, err=True))
 

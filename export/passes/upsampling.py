@@ -10,6 +10,8 @@ the sums are rounded in another order (Shi et al., arXiv 1609.07009, describe th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -99,7 +101,7 @@ def _rewrite(graph: ir.Graph, resize: ir.Node, convolution: ir.Node) -> None:
     )
     result = convolution.outputs[0]
     interleaved = spread.outputs[0]
-    interleaved.shape, interleaved.dtype = result.shape, result.dtype
+    interleaved.shape, interleaved.type = result.shape, result.type
     graph.insert_before(convolution, [*quarters, joined, spread])
     ir.convenience.replace_all_uses_with(result, interleaved, replace_graph_outputs=True)
     name = result.name
@@ -119,11 +121,11 @@ def _quarter(graph: ir.Graph, source: ir.Value, like: ir.Node, weight: Array, ro
     graph.register_initializer(value)
     attributes = {"kernel_shape": [2, 2], "pads": [1 - row, 1 - column, row, column]}
     node = _named("Conv", [source, value, *like.inputs[2:]], f"{like.name}_{row}{column}", attributes)
-    node.outputs[0].dtype = like.outputs[0].dtype
+    node.outputs[0].type = like.outputs[0].type
     return node
 
 
-def _named(kind: str, inputs: list[ir.Value | None], name: str, attributes: dict[str, object]) -> ir.Node:
-    node = ir.node(kind, inputs, attributes, name=name)  # type: ignore[arg-type]
+def _named(kind: str, inputs: list[ir.Value | None], name: str, attributes: Mapping[str, Any]) -> ir.Node:
+    node = ir.node(kind, inputs, attributes, name=name)
     node.outputs[0].name = f"{name}_output_0"
     return node

@@ -51,7 +51,10 @@ def requests(
     """
     manifest = bundle.manifest
     if "unet" not in manifest.components:
-        raise UsageError(f"{bundle.path} has no denoiser; its task is {manifest.task}.")
+        raise UsageError(
+            f"{bundle.path} has no denoiser; its task is {manifest.task}.",
+            hint="calibrate a bundle with a denoiser; an autoencoder alone runs in fp32, fp16 or bf16",
+        )
     texts = list(prompts) if prompts else captions(bundle, held_out=held_out)
     made = []
     for index in range(count):

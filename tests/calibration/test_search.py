@@ -10,6 +10,7 @@ import pytest
 
 from latentedge.calibration.capture import CaptureSettings, capture, open_observed
 from latentedge.calibration.graph import load_graph, name_nodes
+from latentedge.calibration.observers import TensorStatistics
 from latentedge.calibration.plan import BlockPlan, Plan
 from latentedge.calibration.requests import captions, requests, vocabulary
 from latentedge.calibration.scene import Target
@@ -47,6 +48,32 @@ def test_balancing_is_found_where_a_channel_stands_out(tmp_path: Any) -> None:
 def test_one_rule_alone_is_used_alone(bundle: Bundle) -> None:
     result = search(bundle, observers=("percentile",), balance=False)
     assert {plan.rule for plan in result.activations.values()} <= {"percentile", "split"}
+
+
+@pytest.mark.parametrize(("louder", "split"), [(1.0, []), (50.0, ["up.0.res.0.shortcut"])])
+def test_a_shortcut_is_cut_in_two_where_its_inputs_differ_in_range(
+    bundle: Bundle, louder: float, split: list[str]
+) -> None:
+    """One range for both inputs gives the quiet one the noise of the loud one: twice the noise of a range for each."""
+    statistics, probes = capture(CaptureSettings(str(bundle.path), samples=4, threads=1), bundle.path / "c")
+    observed = open_observed(bundle, "unet", outputs=False, threads=1)
+    fetched = [observed.fetch(probe.inputs) for probe in probes]
+    parts = ("mid.0.attn.0_output", "conv_in_output")
+    for name in (*parts, "joined"):
+        statistics[name] = TensorStatistics.empty(fetched[0][name].shape[1])
+    for arrays, probe in zip(fetched, probes, strict=True):
+        # Both as loud as each other to begin with.
+        one, two = (arrays[name] / np.abs(arrays[name]).max() for name in parts)
+        arrays |= {parts[0]: one, parts[1]: louder * two, "joined": np.concatenate([one, louder * two], axis=1)}
+        for name in (*parts, "joined"):
+            statistics[name].observe(arrays[name], 1, probe.timestep)
+    model = load_graph(bundle.variant("unet", "fp32")[0])
+    name_nodes(model)
+    result = Search(model, statistics, SearchSettings(observers=("absmax",))).run(fetched, ())
+    assert result.split == split
+    assert ("mid.0.attn.0_output" in result.activations) == bool(split)
+    if split:
+        assert result.activations[parts[1]].amax == pytest.approx(louder * result.activations[parts[0]].amax, rel=0.05)
 
 
 def test_an_unusable_activation_gets_no_range(bundle: Bundle) -> None:

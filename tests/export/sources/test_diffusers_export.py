@@ -25,7 +25,10 @@ __all__ = ["recorder"]
 
 RECORDED = Path(__file__).parents[2] / "golden" / "diffusers" / "ldm-uncond"
 #: One case of each model; those whose graphs differ from another's only in their weights are left to the torch tests.
-EXPORTED = ("sd", "sd2", "sdxl", "lcm", "inpaint9", "ip2p", "taesd", "ldm-text2im", "ldm-superres, eta")
+EXPORTED = (
+    "sd", "sd2", "sdxl", "sdxl inpaint9, default strength", "sdxl refiner, scores", "lcm", "inpaint9", "ip2p", "taesd",
+    "ldm-text2im", "ldm-superres, eta",
+)  # fmt: skip
 
 
 def opened(path: Path) -> Pipeline:

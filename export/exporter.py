@@ -216,11 +216,6 @@ def _write_bundle(
         name: bundle_writer.write_tokenizer(folder, name, source) for name, source in model.tokenizers.items()
     }
     bundle_writer.write_model_index(folder, model)
-    if model.schedule:
-        # What is no field of a scheduler stands in the manifest alone.
-        own = ("dialect", "ancestral_tables")
-        theirs = {name: value for name, value in model.schedule.items() if name not in own}
-        bundle_writer.write_json(folder / "scheduler" / "scheduler_config.json", theirs)
     manifest = Manifest(
         family=model.family,
         task=model.task,
@@ -234,6 +229,8 @@ def _write_bundle(
         tokenizers=tokenizers,
         calibration=dict(model.captions),
     )
+    if model.schedule:
+        bundle_writer.write_json(folder / "scheduler" / "scheduler_config.json", manifest.scheduler_config())
     bundle_writer.write_manifest(folder, manifest)
 
 

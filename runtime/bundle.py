@@ -251,7 +251,7 @@ class Manifest:
     created_with: dict[str, str]
     latent: Latent
     conditioning: Conditioning
-    #: scheduler_config field names, plus ``dialect``: "compvis" or "diffusers".
+    #: scheduler_config field names, plus ``dialect`` ("compvis" or "diffusers") and ``ancestral_tables``.
     schedule: dict[str, Any]
     defaults: Defaults
     components: dict[str, Component]
@@ -261,6 +261,10 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON data."""
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The fields of ``schedule`` that other tools know, as ``scheduler_config.json`` has them."""
+        return {name: value for name, value in self.schedule.items() if name not in ("dialect", "ancestral_tables")}
 
 
 @dataclass(frozen=True)

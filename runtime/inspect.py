@@ -51,7 +51,10 @@ def _guidance(manifest: Manifest) -> str:
 
 
 def _schedule(schedule: dict[str, Any]) -> str:
-    shown = ("dialect", "_class_name", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+    own = schedule.get("trained_betas") is not None
+    betas = ("trained_betas",) if own else ("beta_schedule", "beta_start", "beta_end")
+    shown = ("dialect", "_class_name", *betas, "prediction_type")
+    schedule = {**schedule, "trained_betas": "of its own"}
     return ", ".join(f"{name} {schedule[name]}" for name in shown if name in schedule) or "none"
 
 

@@ -100,9 +100,7 @@ def _check_files(bundle: Bundle) -> Iterator[Check]:
             yield Check("file", relative, FAILED, f"SHA-256 is {found[:12]}, expected {expected[:12]}: it was changed")
     schedule = bundle.path / "scheduler" / "scheduler_config.json"
     if schedule.is_file():
-        # The manifest's dialect is no field of a scheduler.
-        fields = {name: value for name, value in bundle.manifest.schedule.items() if name != "dialect"}
-        same = _read_json(schedule) == json.loads(json.dumps(fields))
+        same = _read_json(schedule) == json.loads(json.dumps(bundle.manifest.scheduler_config()))
         yield Check(
             "file",
             "scheduler/scheduler_config.json",

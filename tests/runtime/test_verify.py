@@ -53,7 +53,7 @@ def write(folder: Path, error: float = 0.0, golden: tuple[int, ...] = (0, 1)) ->
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
     tokenizer = dataclasses.replace(write_tokenizer(folder), golden={"red heart": golden})
     parity = write_vectors(folder, error)
-    schedule = {**schedule, "dialect": "compvis"}
+    schedule = {**schedule, "dialect": "compvis", "ancestral_tables": {"posterior_mean_coef1": [0.5]}}
     return matmul.write_bundle(folder, parity, schedule=schedule, tokenizers={"tokenizer": tokenizer})
 
 

@@ -19,7 +19,7 @@ from latentedge.runtime.errors import LatentEdgeError
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 #: Numbered lists that stand inside a block, in diffusers' and CompVis's names.
-INSIDE_BLOCKS = re.compile(r"\.(?:transformer_blocks|in_layers|out_layers|emb_layers)\b")
+INSIDE_BLOCKS = re.compile(r"\.(?:transformer_blocks|to_out|in_layers|out_layers|emb_layers)\b")
 
 #: Operators that change the shape of a tensor but none of its values.
 RESHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Expand")

@@ -72,6 +72,7 @@ def plan_for(model: ir.Model, found: Evidence, **changes: Any) -> Plan:
     [
         ("unet.down_blocks.0.resnets.1.conv1", "unet.down_blocks.0.resnets.1"),
         ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0"),
+        ("unet.mid_block.attentions.0.to_out.0", "unet.mid_block.attentions.0"),
         ("middle_block.0.in_layers.2", "middle_block.0"),
         ("input_blocks.4.1.transformer_blocks.0.ff.net.0.proj", "input_blocks.4.1"),
         ("conv_in", None),

@@ -140,7 +140,7 @@ def below_floor(bundle: Bundle, choice: Choice) -> str | None:
     """What the caller of a precision below its quality floor must know, with the figures; ``None`` above it."""
     for record in _quality(_denoiser(bundle), choice.backend, choice.precision):
         if not holds_floor(record):
-            sure = f" (for certain {record['psnr_low_db']:.1f})" if "psnr_low_db" in record else ""
+            sure = f" (95 % sure: {record['psnr_low_db']:.1f})" if "psnr_low_db" in record else ""
             return (
                 f"{choice.precision} with {choice.backend} is below this bundle's quality floor: "
                 f"{record.get('psnr_db', record['psnr_worst_db']):.1f} dB PSNR on average{sure} and "

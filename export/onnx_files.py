@@ -21,6 +21,8 @@ def save_model(model: ir.Model, path: Path, *, keep_external: bool = False) -> N
     elif sum(tensor.nbytes for tensor in tensors) > EXTERNAL_DATA_LIMIT:
         ir.save(model, path, external_data=f"{path.name}.data")
     else:
+        # What a half-precision graph leaves in float32 would stay in the file of the float32 graph's weights.
+        ir.external_data.load_to_model(model)
         ir.save(model, path)
 
 

@@ -63,11 +63,9 @@ def test_every_target_is_complete_and_unknown_ones_are_listed() -> None:
         target("jetpack5")
 
 
-def graph_of(nodes: list[onnx.NodeProto], *initialisers: onnx.TensorProto, opset: int = 20) -> ir.Model:
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "g", [value("x", TensorProto.FLOAT, ["n", 4])], [value("y", TensorProto.FLOAT, ["n", 4])], initialisers
-    )
+def graph_of(nodes: list[onnx.NodeProto], *initialisers: onnx.TensorProto, opset: int = 20, width: int = 4) -> ir.Model:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name in ("x", "y"))
+    graph = helper.make_graph(nodes, "g", [x], [y], initialisers)
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=imports, ir_version=10))
 
@@ -127,3 +125,22 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_allclose(session.run({"x": x})["y"], x + numpy_helper.to_array(weight).sum(1), rtol=1e-5)
     remove_model(path)
     assert list(path.parent.iterdir()) == []
+
+
+def test_weights_of_another_graph_are_taken_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was read from external weights and became small does not need them."""
+    monkeypatch.setattr(onnx_files, "EXTERNAL_DATA_LIMIT", 2000)
+    shift = numpy_helper.from_array(np.arange(400, dtype=np.float32), "shift")
+    large = numpy_helper.from_array(np.ones(400, np.float32), "large")
+    added = [helper.make_node("Add", ["x", "shift"], ["moved"]), helper.make_node("Mul", ["moved", "large"], ["y"])]
+    large_path, small_path = tmp_path / "model.onnx", tmp_path / "model.fp16.onnx"
+    save_model(graph_of(added, shift, large, width=400), large_path)
+    small = ir.load(large_path)
+    one = small.graph.initializers["large"]
+    one.const_value, one.shape = ir.tensor(np.ones(1, np.float32), name="large"), ir.Shape([1])
+    save_model(small, small_path)
+    remove_model(large_path)
+    assert external_files(small_path) == []
+    with HostSession(small_path) as session:
+        found = session.run({"x": np.zeros((2, 400), np.float32)})["y"]
+    np.testing.assert_array_equal(found, np.tile(np.arange(400, dtype=np.float32), (2, 1)))

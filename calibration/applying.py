@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentedge.calibration import gate
-from latentedge.calibration.candidates import build, variant_of, with_variant, write_manifest
+from latentedge.calibration.candidates import build, parts_with, variant_of, with_variant, write_manifest
 from latentedge.calibration.capture import DECODER
 from latentedge.calibration.correct import fit, fit_if_better
 from latentedge.calibration.graph import save_graph
@@ -24,7 +24,7 @@ from latentedge.calibration.requests import requests
 from latentedge.calibration.scene import Target
 from latentedge.calibration.stored import relative_folder, restore, store
 from latentedge.calibration.vectors import with_parity
-from latentedge.runtime.bundle import Bundle, Variant
+from latentedge.runtime.bundle import Bundle, Component, Variant
 from latentedge.runtime.errors import LatentEdgeError
 from latentedge.runtime.selection import choose
 
@@ -90,6 +90,7 @@ def apply(
     if findings:
         raise LatentEdgeError("the written graph breaks the Q/DQ rules: " + "; ".join(map(str, findings[:5])))
     folder = bundle.variant(plan.component, "fp32")[0].parent
+    split = parts_with(bundle, plan.component, "int8")
     files = save_graph(model, folder / "model.int8.onnx")
     check_model(str(files[0]))
     bundle = with_variant(
@@ -107,13 +108,25 @@ def apply(
     bundle = _with_summary(bundle, plan, layers)
     store(bundle.path / relative_folder(plan.component), plan, evidence, probes)
     write_manifest(bundle)
+    _remove_parts(bundle, split, reporter)
     return bundle, Part(plan, records, layers)
+
+
+def _remove_parts(bundle: Bundle, parts: list[Component], reporter: Reporter) -> None:
+    """Delete the int8 graphs of parts that the manifest no longer names."""
+    variants = [variant for component in bundle.manifest.components.values() for variant in component.variants.values()]
+    named = {name for variant in variants for name in (variant.path, *variant.external_data)}
+    for part in parts:
+        old = part.variants["int8"]
+        for name in {old.path, *old.external_data} - named:
+            (bundle.path / name).unlink(missing_ok=True)
+        reporter.notify(f"{part.name} was cut from the former int8 graph and is gone; `latentedge build` cuts it anew")
 
 
 def _same_or_new(bundle: Bundle, component: str, written: Variant) -> Variant:
     """What was measured of a graph stays with it where the same graph was written again."""
     before = bundle.component(component).variants.get("int8")
-    same = before is not None and before.sha256 == written.sha256
+    same = before is not None and (before.sha256, before.external_data) == (written.sha256, written.external_data)
     return dataclasses.replace(written, measured=before.measured) if before is not None and same else written
 
 

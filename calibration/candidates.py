@@ -67,10 +67,24 @@ def with_component(manifest: Manifest, component: Component) -> Manifest:
 
 
 def with_variant(bundle: Bundle, component: str, precision: str, variant: Variant) -> Bundle:
-    """The bundle, in memory, with one precision of a component added or replaced."""
+    """The bundle, in memory, with one precision of a component added or replaced.
+
+    Parts that the component was split into lose that precision: they were cut from the graph that is replaced.
+    """
     found = bundle.component(component)
     changed = dataclasses.replace(found, variants={**found.variants, precision: variant})
-    return Bundle(bundle.path, with_component(bundle.manifest, changed))
+    manifest = with_component(bundle.manifest, changed)
+    for part in parts_with(bundle, component, precision):
+        kept = {name: other for name, other in part.variants.items() if name != precision}
+        parity = {name: record for name, record in part.parity.items() if name != precision}
+        manifest = with_component(manifest, dataclasses.replace(part, variants=kept, parity=parity))
+    return Bundle(bundle.path, manifest)
+
+
+def parts_with(bundle: Bundle, component: str, precision: str) -> list[Component]:
+    """The parts that ``component`` was split into and that are there in ``precision``."""
+    found = bundle.manifest.components.values()
+    return [part for part in found if part.name.startswith(f"{component}.") and precision in part.variants]
 
 
 def write_manifest(bundle: Bundle) -> None:

@@ -90,6 +90,36 @@ def test_an_edited_plan_is_applied(calibrated: Bundle) -> None:
     assert second.bundle.component("unet").variants["int8"].sha256 != first.sha256
 
 
+def test_a_part_of_the_former_graph_is_neither_measured_nor_kept(calibrated: Bundle) -> None:
+    path = calibrated.path
+    graph, variant = calibrated.variant("unet", "int8")
+    # A part that gives zeros: what is measured with it in the denoiser's place is far from every picture.
+    broken = onnx.load(str(graph))
+    for tensor in broken.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)) + 1e-6, tensor.name))
+    onnx.save(broken, str(graph.with_name("step.int8.onnx")))
+    old = dataclasses.replace(
+        variant, path="unet/step.int8.onnx", sha256=file_sha256(graph.with_name("step.int8.onnx"))
+    )
+    unet = calibrated.component("unet")
+    whole = {name: entry for name, entry in unet.variants.items() if name != "int8"}
+    part = dataclasses.replace(unet, name="unet.step", variants={**whole, "int8": old}, parity={"int8": {"cases": 1}})
+    components = {**calibrated.manifest.components, part.name: part}
+    manifest = dataclasses.replace(calibrated.manifest, components=components)
+    (path / "latentedge.json").write_text(json.dumps(manifest.to_json()))
+    quality = [record for record in variant.measured if record["kind"] == "quality"]
+    told: list[str] = []
+    reapply(path, Plan.load(path / "calibration" / "plan.json"), options(), Reporter(notify=told.append))
+    written = Bundle.open(path)
+    assert set(written.component("unet.step").variants) == set(whole)
+    assert written.component("unet.step").parity == {}
+    assert not (path / "unet" / "step.int8.onnx").exists()
+    assert any("unet.step" in line for line in told)
+    again = [record for record in written.variant("unet", "int8")[1].measured if record["kind"] == "quality"]
+    assert [record["psnr_db"] for record in again] == pytest.approx([record["psnr_db"] for record in quality], abs=0.5)
+
+
 def test_a_plan_of_another_graph_is_refused(calibrated: Bundle, tmp_path: Path) -> None:
     plan = Plan.load(calibrated.path / "calibration" / "plan.json")
     other = write_bundle(tmp_path / "other.bundle", seed=7)

@@ -13,6 +13,8 @@ from types import ModuleType
 from latentedge.export.model import SourceModel, SourceOptions
 from latentedge.runtime.errors import UsageError
 
+#: Names of a folder's files that an error lists before it only counts.
+LISTED = 10
 SOURCES: dict[str, str] = {
     "diffusers": "latentedge.export.sources.diffusers",
     "compvis": "latentedge.export.sources.compvis",
@@ -27,9 +29,15 @@ def load_source(path: str | Path, options: SourceOptions) -> SourceModel:
         if module.matches(path, options):
             model: SourceModel = module.load(path, options)
             return model
-    missing = not Path(path).exists()
+    place = Path(path)
+    found = "a file"
+    if place.is_dir():
+        names = sorted(file.name for file in place.iterdir())
+        found = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
     raise UsageError(
-        f"there is no {path}." if missing else f"{path} is no checkpoint that latentedge reads.",
+        f"{path} is no checkpoint that latentedge reads; found {found or 'an empty folder'}."
+        if place.exists()
+        else f"there is no {path}.",
         hint=(
             "a CompVis folder holds one .ckpt or .safetensors and one .yaml, a diffusers folder holds model_index.json, "
             "an ONNX folder holds unet/model.onnx; a single CompVis file takes --config FILE"

@@ -60,5 +60,9 @@ def test_the_example_exports(tmp_path: Path) -> None:
 def test_what_is_missing_and_what_is_not_known_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(LatentEdgeError, match=r"there is no .*nothing\.ckpt\."):
         sources.load_source(tmp_path / "nothing.ckpt", SourceOptions())
-    with pytest.raises(LatentEdgeError, match="is no checkpoint that latentedge reads"):
+    with pytest.raises(LatentEdgeError, match="is no checkpoint that latentedge reads; found an empty folder"):
+        sources.load_source(tmp_path, SourceOptions())
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text("")
+    with pytest.raises(LatentEdgeError, match=r"found 00\.txt, .*, 09\.txt and 2 more\."):
         sources.load_source(tmp_path, SourceOptions())

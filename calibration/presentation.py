@@ -132,10 +132,10 @@ def floors(row: dict[str, Any]) -> str:
     """Whether the mean and the worst picture hold their floors, and which one does not."""
     if row["quality.psnr_db"] < row["quality.floor_mean_db"]:
         return f"mean below {row['quality.floor_mean_db']:g}"
-    if row["quality.psnr_low_db"] < row["quality.floor_mean_db"]:
-        return f"mean perhaps below {row['quality.floor_mean_db']:g}"
     if row["quality.psnr_worst_db"] < row["quality.floor_db"]:
         return f"worst below {row['quality.floor_db']:g}"
+    if row["quality.psnr_low_db"] < row["quality.floor_mean_db"]:
+        return f"mean perhaps below {row['quality.floor_mean_db']:g}"
     return HELD
 
 

@@ -9,6 +9,7 @@ from latentedge.calibration.correct import fit, fit_if_better
 from latentedge.calibration.gate import REFERENCE, Race, with_records
 from latentedge.calibration.latency import ratio, saved
 from latentedge.calibration.metrics import frechet_distance, latent_features, mean_low, psnr, sqnr, ssim
+from latentedge.calibration.presentation import floors
 from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.correction import Correction
 from latentedge.runtime.selection import holds_floor
@@ -157,6 +158,21 @@ def test_both_floors_count() -> None:
     assert holds_floor(record)
     assert not holds_floor({**record, "psnr_low_db": 29.9})
     assert not holds_floor({**record, "psnr_worst_db": 23.9})
+
+
+@pytest.mark.parametrize(
+    ("low", "mean", "worst", "said"),
+    [
+        (30.0, 31.0, 24.0, "held"),
+        (29.0, 29.5, 20.0, "mean below 30"),
+        (29.0, 31.0, 23.9, "worst below 24"),
+        (29.9, 31.0, 24.0, "mean perhaps below 30"),
+    ],
+)
+def test_the_table_says_which_floor_is_missed(low: float, mean: float, worst: float, said: str) -> None:
+    record = {"psnr_low_db": low, "psnr_db": mean, "psnr_worst_db": worst, "floor_mean_db": 30.0, "floor_db": 24.0}
+    assert floors({f"quality.{name}": value for name, value in record.items()}) == said
+    assert holds_floor(record) == (said == "held")
 
 
 def test_a_mean_of_few_pictures_far_apart_is_not_certain() -> None:

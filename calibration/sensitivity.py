@@ -191,14 +191,17 @@ def probe_sqnr(engine: Engine, probes: Sequence[Probe]) -> list[float]:
 def choose_blocks(plan: Plan, material: Material, target: Target, progress: Progress) -> Plan:
     """The fastest set of blocks above the floor, with the floats of the target, or in fp32 where those spoil every set.
 
-    Where no set holds the floor every block becomes INT8, and the gate refuses it with the figure.
+    Where no set holds the floor, the one that a few pictures chose is written, or every block becomes INT8, and the gate
+    says by how much it misses.
     """
     harmful = {block.name: why for block in plan.blocks if (why := _harm(block, plan.floor_db)) is not None}
+    closest: frozenset[str] = frozenset()
     for precision in dict.fromkeys((target.precision, INT8)):
         tried = dataclasses.replace(target, precision=precision)
         chosen = _best_set(plan, harmful, material, tried, progress)
         if chosen and material.confirming is not None:
             # Few pictures may all be lucky: one entry of a codebook that turns over in one of ten pictures is not in four.
+            closest = chosen
             more = dataclasses.replace(material, scene=material.confirming(), confirming=None)
             kept = [block for block in plan.blocks if block.name in chosen]
             chosen = _longest(plan, sorted(kept, key=_noise), more, tried, progress, skips=0)
@@ -206,8 +209,16 @@ def choose_blocks(plan: Plan, material: Material, target: Target, progress: Prog
             decided = tuple(_decided(block, chosen, harmful, plan.floor_db) for block in plan.blocks)
             return dataclasses.replace(plan, precision=precision, blocks=decided)
     reason = f"no plan holds {plan.floor_db:g} dB; the gate refuses this one"
-    blocks = [dataclasses.replace(block, precision=INT8, reason=reason) for block in plan.blocks]
-    return dataclasses.replace(plan, blocks=tuple(blocks))
+    if closest:
+        reason = f"holds {plan.floor_db:g} dB in few pictures and not in more; the gate decides"
+    whole = closest or {block.name for block in plan.blocks}
+    blocks = [
+        dataclasses.replace(block, precision=INT8, reason=reason)
+        if block.name in whole
+        else dataclasses.replace(_decided(block, closest, harmful, plan.floor_db), precision=FLOAT)
+        for block in plan.blocks
+    ]
+    return dataclasses.replace(plan, precision=INT8 if closest else plan.precision, blocks=tuple(blocks))
 
 
 def _best_set(

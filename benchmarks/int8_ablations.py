@@ -94,8 +94,8 @@ def _corrected(judge: Judge, plan: Plan, evidence: Evidence, probes: list[Probe]
     precision = judge.setting.precision
     try:
         trial = with_graph(bundle, graph)
-        records = fit_corrections(trial, plan, probes, judge.target, Reporter(), keep_all=True)
-        trial = with_correction(trial, precision, records[precision])
+        records = fit_corrections(trial, plan, probes, judge.target, Reporter())
+        trial = with_correction(trial, precision, {**records[precision], "applied": True})
         with (
             open_engine(trial, "unet", judge.target.backend, precision, judge.target.options) as engine,
             Pipeline(

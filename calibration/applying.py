@@ -11,7 +11,7 @@ from typing import Any
 from latentedge.calibration import gate
 from latentedge.calibration.candidates import build, parts_with, variant_of, with_variant, write_manifest
 from latentedge.calibration.capture import DECODER
-from latentedge.calibration.correct import fit, fit_if_better
+from latentedge.calibration.correct import measured_fit
 from latentedge.calibration.graph import save_graph
 from latentedge.calibration.layers import check_model
 from latentedge.calibration.lint import lint
@@ -146,9 +146,9 @@ def _with_summary(bundle: Bundle, plan: Plan, layers: tuple[str, ...]) -> Bundle
 
 
 def fit_corrections(
-    bundle: Bundle, plan: Plan, probes: list[Probe], target: Target, reporter: Reporter, *, keep_all: bool = False
+    bundle: Bundle, plan: Plan, probes: list[Probe], target: Target, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
-    """A correction for each quantised precision that gains on outputs that it was not fitted to (or for all)."""
+    """A correction for each quantised precision, with what it gains on outputs that it was not fitted to."""
     found: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         wanted = [name for name in gate.precisions_of(target.backend) if gate.is_quantised(name)]
@@ -156,14 +156,12 @@ def fit_corrections(
         for precision, engine in engines.items():
             outputs = gate.outputs_of(engine, probes)
             steps, references = [probe.timestep for probe in probes], [probe.output for probe in probes]
-            record, gained = fit_if_better(steps, references, outputs)
-            record = fit(steps, references, outputs) if keep_all else record
-            reporter.notify(
-                f"{precision}: output SQNR {gate.mean_sqnr(probes, outputs):.1f} dB; "
-                f"correction by timestep {gained:+.2f} dB on held-out outputs"
-            )
+            record = measured_fit(steps, references, outputs)
+            message = f"{precision}: output SQNR {gate.mean_sqnr(probes, outputs):.1f} dB"
             if record is not None:
-                found[precision] = {**record, "sqnr_db_gained": gained}
+                found[precision] = record
+                message += f"; correction by timestep {record['sqnr_db_gained']:+.2f} dB on held-out outputs"
+            reporter.notify(message)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from latentedge.calibration import html
 from latentedge.calibration.applying import Outcome, Part
 from latentedge.calibration.plan import INT8, BlockPlan, write_atomically
-from latentedge.calibration.presentation import HELD, floors, measured_by_precision, result_of
+from latentedge.calibration.presentation import HELD, floors, least, measured_by_precision, result_of
 
 #: Where a bundle keeps the report.
 FOLDER = Path("reports", "calibration")
@@ -123,11 +123,12 @@ def _blocks(blocks: tuple[BlockPlan, ...]) -> str:
                 html.text(block.name),
                 str(len(block.layers)),
                 "" if block.sqnr_db is None else f"{block.sqnr_db:.1f} {html.bar(noise[block.name] / most)}",
+                least(block),
                 "" if block.psnr_db is None else f"{block.psnr_db:.1f}",
                 "" if saved is None else f"{saved * 1e3:.2f} {html.bar(saved / largest)}",
                 html.text(block.precision),
                 html.text(block.reason),
             )
         )
-    head = ("block", "layers", "SQNR dB alone, and its noise", "picture dB alone", "saves ms alone", "decision", "why")
-    return html.table(head, rows, (1, 3))
+    head = ("block", "layers", "SQNR dB alone, and its noise", "least at timestep", "picture dB alone", "saves ms alone")
+    return html.table((*head, "decision", "why"), rows, (1, 3, 4))

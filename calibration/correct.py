@@ -42,21 +42,20 @@ def fit(timesteps: Sequence[float], references: Sequence[Array], outputs: Sequen
     return record
 
 
-def fit_if_better(
+def measured_fit(
     timesteps: Sequence[float], references: Sequence[Array], outputs: Sequence[Array]
-) -> tuple[dict[str, Any] | None, float]:
-    """A correction from all outputs, and the decibels that one from half of them gains on the other half.
+) -> dict[str, Any] | None:
+    """A correction from all outputs; ``sqnr_db_gained``: the decibels that one from half of them gains on the others.
 
-    ``None`` where that is not worthwhile, or where there are fewer than four outputs.
+    ``None`` where there are fewer than four outputs, or one that is not finite.
     """
     if len(references) < 4 or not all(np.isfinite(output).all() for output in (*outputs, *references)):
-        return None, 0.0
+        return None
     record = fit(timesteps[0::2], references[0::2], outputs[0::2])
     correction = Correction(*(np.asarray(record[name], np.float64) for name in ("timesteps", "gain", "bias")))
     held = list(zip(timesteps[1::2], references[1::2], outputs[1::2], strict=True))
     gains = [sqnr(wanted, correction(found, step)) - sqnr(wanted, found) for step, wanted, found in held]
-    gained = float(np.mean(gains))
-    return (fit(timesteps, references, outputs) if gained >= WORTHWHILE_DB else None), gained
+    return {**fit(timesteps, references, outputs), "sqnr_db_gained": float(np.mean(gains))}
 
 
 def _by_channel(arrays: Sequence[Array]) -> Array:

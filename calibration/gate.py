@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentedge.calibration.candidates import with_component
+from latentedge.calibration.correct import WORTHWHILE_DB
 from latentedge.calibration.latency import FASTER, UNDECIDED, Ratio, in_turns, ratio
 from latentedge.calibration.metrics import mean_low, sqnr
 from latentedge.calibration.pictures import Drawn, differences, summary
@@ -147,12 +148,12 @@ def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn,
     }
 
 
-def with_correction(bundle: Bundle, precision: str, record: Record | None, *, note: Record | None = None) -> Bundle:
-    """The bundle, in memory, with the correction of one precision set or removed."""
+def with_correction(bundle: Bundle, precision: str, record: Record | None) -> Bundle:
+    """The bundle, in memory, with the correction of one precision set or removed; only one that is ``applied`` counts."""
     calibration = dict(bundle.manifest.calibration)
     corrections = {name: value for name, value in calibration.get("correction", {}).items() if name != precision}
     if record is not None:
-        corrections[precision] = {**record, **(note or {})}
+        corrections[precision] = record
     calibration["correction"] = corrections
     return Bundle(bundle.path, dataclasses.replace(bundle.manifest, calibration=calibration))
 
@@ -169,7 +170,7 @@ def measure(
 ) -> tuple[Bundle, list[Record]]:
     """Latency and quality of every precision, written into the bundle (in memory); the records as they were written.
 
-    A correction is kept for a precision where the pictures are closer to fp32's with it than without.
+    A correction is applied in a precision where the pictures are closer to fp32's with it than without.
     """
     with ExitStack() as stack:
         wanted = precisions_of(target.backend)
@@ -236,17 +237,15 @@ class _Shot:
         return record
 
     def best(self, bundle: Bundle, correction: Record | None) -> tuple[Bundle, Record]:
-        """The bundle with the correction where the pictures are closer with it, and the record of what was kept."""
-        bundle = with_correction(bundle, self.precision, None)
-        plain = self.record(bundle)
-        if correction is None:
-            return bundle, plain
-        trial = with_correction(bundle, self.precision, correction)
-        record = self.record(trial)
-        if record["psnr_db"] <= plain["psnr_db"]:
-            return bundle, plain
-        gained = {"psnr_db_gained": record["psnr_db"] - plain["psnr_db"]}
-        return with_correction(bundle, self.precision, correction, note=gained), record
+        """The bundle with the correction, applied where the pictures are closer with it, and the record of what runs."""
+        plain = self.record(with_correction(bundle, self.precision, None))
+        if correction is None or correction["sqnr_db_gained"] < WORTHWHILE_DB:
+            left = None if correction is None else {**correction, "applied": False}
+            return with_correction(bundle, self.precision, left), plain
+        record = self.record(with_correction(bundle, self.precision, {**correction, "applied": True}))
+        gained = record["psnr_db"] - plain["psnr_db"]
+        kept = {**correction, "psnr_db_gained": gained, "applied": gained > 0}
+        return with_correction(bundle, self.precision, kept), record if gained > 0 else plain
 
 
 def with_records(bundle: Bundle, component: str, records: Sequence[Record]) -> Bundle:

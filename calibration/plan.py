@@ -39,8 +39,9 @@ class ActivationPlan:
 class BlockPlan:
     """A group of layers that is decided on together, with what was measured of it alone.
 
-    ``sqnr_db``: signal to quantisation noise of the denoiser's output at several timesteps (mean). ``psnr_db``: the
-    picture's. ``seconds_saved`` of one evaluation of the denoiser on the target, ``seconds_error`` its standard error.
+    ``sqnr_db``: signal to quantisation noise of the denoiser's output, the mean over the probes;
+    ``sqnr_db_by_timestep``: the mean over the probes of each timestep, pairs in rising order. ``psnr_db``: the picture's.
+    ``seconds_saved`` of one evaluation of the denoiser on the target, ``seconds_error`` its standard error.
     """
 
     name: str
@@ -48,6 +49,7 @@ class BlockPlan:
     reason: str
     layers: tuple[str, ...]
     sqnr_db: float | None = None
+    sqnr_db_by_timestep: tuple[tuple[float, float], ...] = ()
     psnr_db: float | None = None
     seconds_saved: float | None = None
     seconds_error: float | None = None

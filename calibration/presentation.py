@@ -15,7 +15,7 @@ from rich.table import Table
 
 from latentedge.calibration.applying import Outcome, Part
 from latentedge.calibration.options import Reporter
-from latentedge.calibration.plan import INT8, Plan
+from latentedge.calibration.plan import INT8, BlockPlan, Plan
 
 #: What :func:`floors` says of pictures that are good enough.
 HELD = "held"
@@ -59,9 +59,9 @@ def _console(to_stderr: bool = False) -> Console:
 def explanation(plan: Plan) -> Table:
     """The plan as a table: block, error, gain, decision, why; then the layers that rules keep in float."""
     table = Table(title=f"{plan.component} on {plan.backend} ({plan.precision})")
-    for name, justify in (("block", "left"), ("layers", "right"), ("SQNR dB", "right"), ("picture dB", "right")):
+    for name, justify in (("block", "left"), ("layers", "right"), ("SQNR dB", "right"), ("least at", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, justify in (("saves ms", "right"), ("decision", "left"), ("why", "left")):
+    for name, justify in (("picture dB", "right"), ("saves ms", "right"), ("decision", "left"), ("why", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for block in plan.blocks:
         gain = (
@@ -70,15 +70,23 @@ def explanation(plan: Plan) -> Table:
             else f"{block.seconds_saved * 1e3:.2f}±{(block.seconds_error or 0) * 1e3:.2f}"
         )
         table.add_row(
-            block.name, str(len(block.layers)), _decibels(block.sqnr_db), _decibels(block.psnr_db), gain,
+            block.name, str(len(block.layers)), _decibels(block.sqnr_db), least(block), _decibels(block.psnr_db), gain,
             block.precision, block.reason,
         )  # fmt: skip
     by_reason: dict[str, int] = {}
     for reason in plan.kept.values():
         by_reason[reason] = by_reason.get(reason, 0) + 1
     for reason, count in by_reason.items():
-        table.add_row("by rule", str(count), "", "", "", "float", reason)
+        table.add_row("by rule", str(count), "", "", "", "", "float", reason)
     return table
+
+
+def least(block: BlockPlan) -> str:
+    """The timestep that a block's error is largest at, with its SQNR in dB; nothing where it was not measured."""
+    if not block.sqnr_db_by_timestep:
+        return ""
+    timestep, decibels = min(block.sqnr_db_by_timestep, key=lambda pair: pair[1])
+    return f"{timestep:g}: {decibels:.1f}"
 
 
 def _decibels(value: float | None) -> str:

@@ -105,8 +105,9 @@ def measure_blocks(
     _opened.cache_clear()
     blocks = []
     for block, file in zip(plan.blocks, files, strict=True):
-        sqnr_db, psnr_db = json.loads(file.read_text())
-        blocks.append(dataclasses.replace(block, sqnr_db=sqnr_db, psnr_db=psnr_db))
+        by_timestep, sqnr_db, psnr_db = json.loads(file.read_text())
+        pairs = tuple((timestep, decibels) for timestep, decibels in by_timestep)
+        blocks.append(dataclasses.replace(block, sqnr_db_by_timestep=pairs, sqnr_db=sqnr_db, psnr_db=psnr_db))
     plan = dataclasses.replace(plan, blocks=tuple(blocks))
     return _with_gains(plan, material, target, folder, lambda count: progress("blocks", done + count, total))
 
@@ -116,18 +117,27 @@ def relative_sensitivity(component: str) -> str:
     return f"{relative_folder(component)}/sensitivity"
 
 
-def block_error(settings: BlockSettings, index: int) -> tuple[float, float]:
-    """SQNR of the output over the probes and PSNR of a picture, in dB, with only block ``index`` in INT8."""
+def block_error(settings: BlockSettings, index: int) -> tuple[list[tuple[float, float]], float, float]:
+    """With only block ``index`` in INT8, in dB: SQNR of the output by timestep, its mean, and PSNR of a picture."""
     plan, material = _opened(settings)
     alone = plan.with_blocks(frozenset({plan.blocks[index].name}))
     with (
         candidate(material.bundle, alone, material.evidence) as bundle,
         _engine(bundle, alone.component, settings.target, settings.target.precision) as engine,
     ):
-        error = float(np.mean(probe_sqnr(engine, material.probes)))
+        errors = probe_sqnr(engine, material.probes)
         drawn = material.scene.drawn(engine)
     psnr_db, _ = summary(differences(material.scene.reference, drawn))
-    return error, psnr_db
+    return _by_timestep(material.probes, errors), float(np.mean(errors)), psnr_db
+
+
+def _by_timestep(probes: Sequence[Probe], errors: Sequence[float]) -> list[tuple[float, float]]:
+    """The mean error of the probes of each timestep, in rising order; of a network without timesteps none."""
+    found: dict[float, list[float]] = {}
+    for probe, error in zip(probes, errors, strict=True):
+        if "timestep" in probe.inputs:
+            found.setdefault(probe.timestep, []).append(error)
+    return [(timestep, float(np.mean(found[timestep]))) for timestep in sorted(found)]
 
 
 @lru_cache(maxsize=1)

@@ -31,10 +31,10 @@ class Correction:
 
 
 def correction_of(manifest: Manifest, precision: str) -> Correction | None:
-    """The correction that was measured to help in ``precision``, or ``None``."""
+    """The correction that was measured to help in ``precision``, or ``None``; one with ``applied`` false was not."""
     records: dict[str, Any] = manifest.calibration.get("correction", {})
     record = records.get(precision)
-    if not record:
+    if not record or not record.get("applied", True):
         return None
     arrays = (np.asarray(record[name], np.float64) for name in ("timesteps", "gain", "bias"))
     return Correction(*arrays)

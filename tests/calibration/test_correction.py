@@ -21,6 +21,13 @@ def test_values_are_interpolated_between_timesteps_and_held_outside() -> None:
     assert correction(output, 50.0).dtype == np.float32
 
 
+def test_a_correction_that_measured_no_better_is_recorded_and_not_applied() -> None:
+    entry = record(0.5, 0.0)
+    for applied, found in ((True, True), (False, False)):
+        manifest = text_manifest(calibration={"correction": {"int8": {**entry, "applied": applied}}})
+        assert (correction_of(manifest, "int8") is not None) == found
+
+
 def test_only_the_precision_that_was_measured_is_corrected() -> None:
     manifest = text_manifest(calibration={"correction": {"int8": record(0.5, 0.0)}})
 

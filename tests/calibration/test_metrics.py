@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentedge.calibration.correct import fit, fit_if_better
+from latentedge.calibration.correct import WORTHWHILE_DB, fit, measured_fit
 from latentedge.calibration.gate import REFERENCE, Race, with_records
 from latentedge.calibration.latency import ratio, saved
 from latentedge.calibration.metrics import frechet_distance, latent_features, mean_low, psnr, sqnr, ssim
@@ -77,21 +77,24 @@ def test_correction_finds_gain_and_bias() -> None:
     np.testing.assert_allclose(record["gain"], 0.9, atol=0.005)
     np.testing.assert_allclose(np.array(record["bias"]).mean(axis=0), 0.9 * bias[:, 0, 0], atol=0.01)
     np.testing.assert_allclose(record["residual_variance"], (0.9 * 0.01) ** 2, rtol=0.2)
-    kept, gained = fit_if_better(steps, references, outputs)
+    kept = measured_fit(steps, references, outputs)
     assert kept is not None
-    assert gained > 15
+    assert kept["sqnr_db_gained"] > 15
     correction = Correction(*(np.array(kept[name]) for name in ("timesteps", "gain", "bias")))
     assert sqnr(references[3], correction(outputs[3], steps[3])) > sqnr(references[3], outputs[3]) + 15
 
 
-def test_correction_of_pure_noise_is_not_kept() -> None:
+def test_correction_of_pure_noise_gains_nothing() -> None:
     random = np.random.default_rng(1)
     steps = [float(step) for step in range(0, 1000, 100)]
     references = [random.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in steps]
     outputs = [(array + 0.01 * random.standard_normal(array.shape)).astype(np.float32) for array in references]
-    kept, gained = fit_if_better(steps, references, outputs)
-    assert kept is None
-    assert abs(gained) < 0.05
+    found = measured_fit(steps, references, outputs)
+    assert found is not None
+    assert abs(found["sqnr_db_gained"]) < WORTHWHILE_DB
+    assert measured_fit(steps[:3], references[:3], outputs[:3]) is None
+    outputs[2][0, 0, 0, 0] = np.inf
+    assert measured_fit(steps, references, outputs) is None
 
 
 def times(middle: float, seed: int) -> list[float]:

@@ -109,7 +109,10 @@ def test_bias_correction_is_kept_only_where_other_probes_gain() -> None:
 
 
 def block(name: str, sqnr: float, saved: float | None, error: float = 0.001) -> BlockPlan:
-    return BlockPlan(name, "int8", "", (name,), sqnr, 60.0, saved, None if saved is None else error)
+    error_of_gain = None if saved is None else error
+    return BlockPlan(
+        name, "int8", "", (name,), sqnr_db=sqnr, psnr_db=60.0, seconds_saved=saved, seconds_error=error_of_gain
+    )
 
 
 def choose(

@@ -13,6 +13,7 @@ from latentedge.calibration import calibrate as whole
 from latentedge.calibration.calibrate import Options, Reporter, calibrate
 from latentedge.calibration.capture import CaptureSettings, capture
 from latentedge.calibration.plan import Plan
+from latentedge.calibration.presentation import least
 from latentedge.calibration.records import pack
 from latentedge.calibration.sharding import Mapper, mapper_of, on_ray
 from latentedge.runtime.bundle import Bundle
@@ -102,7 +103,13 @@ def test_blocks_that_are_known_are_not_measured_again(
     with pytest.raises(KeyboardInterrupt):
         calibrate(bundle.path, options, Reporter(), counting)
     files = sorted((bundle.path / "calibration" / "sensitivity").glob("*/block-*.json"))
-    assert [len(json.loads(file.read_text())) for file in files] == [2, 2]
+    assert len(files) == 2
+    for file in files:
+        by_timestep, sqnr_db, psnr_db = json.loads(file.read_text())
+        assert [timestep for timestep, _ in by_timestep] == sorted({timestep for timestep, _ in by_timestep})
+        assert len(by_timestep) == 2, "two samples, one probe each"
+        assert sqnr_db == pytest.approx(sum(decibels for _, decibels in by_timestep) / 2)
+        assert psnr_db > 10
     first, measured[:] = list(measured), []
 
     def rest(function: Callable[[Any, int], Any], settings: Any, indexes: list[int]) -> Iterator[tuple[int, Any]]:
@@ -110,9 +117,13 @@ def test_blocks_that_are_known_are_not_measured_again(
             measured.extend([index] if function.__name__ == "block_error" else [])
             yield index, function(settings, index)
 
-    calibrate(bundle.path, options, Reporter(), rest)
+    plan = calibrate(bundle.path, options, Reporter(), rest).plan
     assert measured
     assert not set(measured) & set(first)
+    assert all(len(block.sqnr_db_by_timestep) == 2 for block in plan.blocks)
+    assert Plan.load(bundle.path / "calibration" / "plan.json").blocks == plan.blocks
+    timestep, decibels = min(plan.blocks[0].sqnr_db_by_timestep, key=lambda pair: pair[1])
+    assert least(plan.blocks[0]) == f"{timestep:g}: {decibels:.1f}"
 
 
 def test_ray_missing_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

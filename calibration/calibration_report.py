@@ -130,5 +130,12 @@ def _blocks(blocks: tuple[BlockPlan, ...]) -> str:
                 html.text(block.reason),
             )
         )
-    head = ("block", "layers", "SQNR dB alone, and its noise", "least at timestep", "picture dB alone", "saves ms alone")
+    head = (
+        "block",
+        "layers",
+        "SQNR dB alone, and its noise",
+        "least at timestep",
+        "picture dB alone",
+        "saves ms alone",
+    )
     return html.table((*head, "decision", "why"), rows, (1, 3, 4))

@@ -27,6 +27,7 @@ from latentedge.calibration.plan import write_atomically
 from latentedge.calibration.records import Probe, final_latents, pack, unpack
 from latentedge.calibration.requests import requests
 from latentedge.calibration.sharding import Mapper, one_by_one
+from latentedge.runtime import samplers
 from latentedge.runtime.bundle import Array, Bundle, Component
 from latentedge.runtime.engines import Engine, EngineOptions
 from latentedge.runtime.engines.null import NullEngine
@@ -41,7 +42,7 @@ GOLDEN = (5**0.5 - 1) / 2
 DECODER = "vae_decoder"
 DECODED = 4
 #: Changes with what a checkpoint holds.
-CHECKPOINT_LAYOUT = 2
+CHECKPOINT_LAYOUT = 3
 #: Activations of a decoder that are fetched at once: they are as large as the picture, hundreds of MB each at 512x512.
 DECODER_TAPS = 6
 
@@ -99,12 +100,14 @@ class ObservedEngine(NullEngine):
         self.keep: Callable[[int], bool] = lambda index: False
         self.statistics: dict[str, TensorStatistics] = {}
         self.probes: list[Probe] = []
+        #: The evaluation that was computed last, whether it was kept or not.
+        self.latest: Probe | None = None
         self._sample = 0
 
     def begin(self, sample: int, observe: Callable[[int], bool], keep: Callable[[int], bool]) -> None:
         """Forget everything and start with a new sample."""
         self._sample, self.observe, self.keep, self.evaluations = sample, observe, keep, 0
-        self.statistics, self.probes = {}, []
+        self.statistics, self.probes, self.latest = {}, [], None
 
     def axis_of(self, tensor: str) -> int:
         """The features' axis of an observed activation."""
@@ -129,9 +132,10 @@ class ObservedEngine(NullEngine):
             if seen:
                 timestep = float(inputs["timestep"][0]) if "timestep" in inputs else 0.0
                 self._observe_all({**arrays, **(inputs if start == 0 else {})}, timestep)
+        kept = {name: array.copy() for name, array in inputs.items()}
+        self.latest = Probe(self._sample, self.evaluations, kept, outputs[declared[0]].copy())
         if self.keep(self.evaluations):
-            kept = {name: array.copy() for name, array in inputs.items()}
-            self.probes.append(Probe(self._sample, self.evaluations, kept, outputs[declared[0]].copy()))
+            self.probes.append(self.latest)
         self.evaluations += 1
         return outputs
 
@@ -190,6 +194,13 @@ def _opened(settings: CaptureSettings) -> tuple[ObservedPipeline, ObservedEngine
     return ObservedPipeline(bundle, engine, settings.threads), engine
 
 
+def evaluations(bundle: Bundle, steps: int | None) -> int:
+    """How often the denoiser is evaluated for one picture from noise: some samplers do it twice in a step."""
+    manifest = bundle.manifest
+    plan = samplers.prepare(manifest.schedule, manifest.defaults.sampler, steps or manifest.defaults.steps)
+    return len(plan.timesteps)
+
+
 def take_sample(settings: CaptureSettings, index: int) -> bytes:
     """Draw one calibration picture and give its statistics and probes as bytes; a pure function of its arguments."""
     pipeline, engine = _opened(settings)
@@ -197,18 +208,20 @@ def take_sample(settings: CaptureSettings, index: int) -> bytes:
         return _decoded_sample(settings, index, pipeline, engine)
     bundle = Bundle.open(settings.bundle)
     request = requests(bundle, index + 1, settings.steps, settings.prompts)[index]
-    steps = settings.steps or bundle.manifest.defaults.steps
-    probe = int(((index + 1) * GOLDEN) % 1.0 * steps)
+    count = evaluations(bundle, settings.steps)
+    probe = int(((index + 1) * GOLDEN) % 1.0 * count)
     if settings.single_step is None:
         engine.begin(index, lambda number: (number + index) % STRIDE == 0, lambda number: number == probe)
     else:
-        only = int(settings.single_step * (steps - 1))
+        only = int(settings.single_step * (count - 1))
         engine.begin(index, lambda number: number == only, lambda number: number == probe)
     prompt = request.pop("prompt", None)
     latents = None
     for step in pipeline.steps(prompt, **request):
         latents = step.latents
-    return pack(engine.statistics, engine.probes, latents)
+    # A picture that another one is made from begins later in the schedule, and may end before the probe's turn.
+    probes = engine.probes or ([] if engine.latest is None else [engine.latest])
+    return pack(engine.statistics, probes, latents)
 
 
 def _decoded_sample(settings: CaptureSettings, index: int, pipeline: ObservedPipeline, engine: ObservedEngine) -> bytes:

@@ -10,7 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from latentedge.calibration.capture import CaptureSettings, capture, open_observed, take_sample
+from latentedge.calibration import capture as whole
+from latentedge.calibration.candidates import write_manifest
+from latentedge.calibration.capture import CaptureSettings, capture, evaluations, open_observed, take_sample
 from latentedge.calibration.observers import TensorStatistics, merge_all
 from latentedge.calibration.records import pack, unpack
 from latentedge.calibration.requests import requests
@@ -55,6 +57,24 @@ def test_sharded_statistics_equal_one_run(bundle: Bundle) -> None:
     whole, _ = capture(settings, bundle.path / "one")
     parts = [unpack(take_sample(settings, index))[0] for index in (3, 1, 0, 2)]
     assert as_bytes(merge_all(parts)) == as_bytes(whole)
+
+
+def test_probes_reach_the_end_of_a_sampler_that_evaluates_twice(bundle: Bundle) -> None:
+    defaults = dataclasses.replace(bundle.manifest.defaults, sampler="heun")
+    twice = Bundle(bundle.path, dataclasses.replace(bundle.manifest, defaults=defaults))
+    assert (evaluations(bundle, 6), evaluations(twice, 6)) == (6, 11)
+    write_manifest(twice)
+    _, probes = capture(settings_of(twice, samples=8), bundle.path / "calibration")
+    assert len(probes) == 8
+    assert {probe.step // 4 for probe in probes} == {0, 1, 2}
+
+
+def test_a_trajectory_that_ends_before_the_probe_keeps_its_last_evaluation(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "evaluations", lambda bundle, steps: 60)
+    _, probes = unpack(take_sample(settings_of(bundle), 0))
+    assert [probe.step for probe in probes] == [5]
 
 
 RUN = """

@@ -1,37 +1,26 @@
 """Reading the tensors of a checkpoint without executing anything from it, and fitting them to a network.
 
-Pickled checkpoints go through torch's ``weights_only`` unpickler. Classes and functions that it does not allow (a
-Lightning checkpoint is keyed by callback classes) are replaced by an inert stand-in, never imported or called.
+Pickled checkpoints are read by an allow-list of functions that put tensors together (``pickles.py``). All other names
+in them (a Lightning checkpoint is keyed by callback classes) become stand-ins, never imported or called.
 """
 
 from __future__ import annotations
 
-import pickle
-import pickletools
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from latentedge.export.sources.pickles import UNREADABLE, read_pickled
 from latentedge.runtime.bundle import file_sha256
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 #: Names that an error lists before it only counts.
 LISTED = 10
-#: A legacy torch file is a row of pickles; the fourth is the object, after magic number, protocol and system facts.
-LEGACY_PICKLES = 4
-
-#: Modules whose names torch's unpickler allows or refuses itself.
-UNDERSTOOD = ("torch.", "collections.")
-
-#: Pickles of protocol 2 hold the names that modules had in Python 2.
-PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 Shape = tuple[int, ...]
 
@@ -51,16 +40,6 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the file's dtype."""
         return self.read([name])[name]
-
-
-class _Inert:
-    """Stands for any class or function of a pickle: takes every argument and state, and does nothing."""
-
-    def __init__(self, *arguments: object, **options: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -119,13 +98,8 @@ _SAFETENSORS_DTYPES = {
 
 def _open_pickled(path: Path) -> Checkpoint:
     try:
-        zipped = zipfile.is_zipfile(path)
-        if not zipped and _starts_as_zip(path):
-            raise EOFError("it begins as a zip archive, and its end is missing")
-        named = _zip_globals(path) if zipped else _legacy_globals(path)
-        replaced = sorted(name for name in named if not name.startswith(UNDERSTOOD))
-        content = _load(path, zipped, replaced)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        content, replaced = read_pickled(path)
+    except UNREADABLE as error:
         raise _unreadable(path, _first_line(error)) from error
     tensors = _state_dict(content, path)
     return Checkpoint(
@@ -134,54 +108,13 @@ def _open_pickled(path: Path) -> Checkpoint:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {name: tensor.dtype for name, tensor in tensors.items()},
         lambda names: {name: tensors[name] for name in names},
-        tuple(replaced),
+        replaced,
     )
 
 
 def _first_line(error: BaseException) -> str:
-    # torch wraps the reason in advice to load the file unsafely.
-    wrapped = isinstance(error, pickle.UnpicklingError) and isinstance(error.__context__, pickle.UnpicklingError)
-    lines = str(error.__context__ if wrapped else error).strip().splitlines()
+    lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _starts_as_zip(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
-
-
-def _zip_globals(path: Path) -> set[str]:
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
-        if not names:
-            raise ValueError("the archive has no data.pkl")
-        with archive.open(names[0]) as stream:
-            return _globals_of(stream)
-
-
-def _legacy_globals(path: Path) -> set[str]:
-    with path.open("rb") as stream:
-        found: set[str] = set()
-        for _ in range(LEGACY_PICKLES):
-            found |= _globals_of(stream)
-        return found
-
-
-def _globals_of(stream: IO[bytes]) -> set[str]:
-    """Classes and functions that the next pickle of ``stream`` names, found without executing it."""
-    found = set()
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name == "GLOBAL":
-            module, name = str(argument).split(" ", 1)
-            found.add(f"{PYTHON_2_MODULES.get(module, module)}.{name}")
-    return found
-
-
-def _load(path: Path, zipped: bool, replaced: list[str]) -> Any:
-    stand_ins: list[Any] = [(type(_Inert.__name__, (_Inert,), {}), name) for name in replaced]
-    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from latentedge.export.model import SourceModel, SourceOptions
 from latentedge.export.sources.diffusers_kinds import PIPELINES
-from latentedge.export.sources.diffusers_loading import library, quiet, read_json
+from latentedge.export.sources.diffusers_loading import library, quiet, read_json, weight_files
 from latentedge.export.sources.diffusers_pipelines import read_first_stage, read_pipeline
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 
@@ -29,7 +29,9 @@ def matches(path: Path | str, options: SourceOptions) -> bool:
     if folder.is_dir():
         index = folder / "model_index.json"
         if index.is_file():
-            return not any((folder / name / "model.onnx").is_file() for name in ("unet", "vae_decoder"))
+            # Some published folders hold graphs beside the weights; the weights are what can be compared with.
+            exported = any((folder / name / "model.onnx").is_file() for name in ("unet", "vae_decoder"))
+            return not exported or bool(weight_files(folder / "unet"))
         config = folder / "config.json"
         return config.is_file() and read_json(config).get("_class_name") in FIRST_STAGES
     return not folder.exists() and not folder.suffix and HUB_ID.match(str(path)) is not None
@@ -100,15 +102,17 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
 
 def _weight_files(files: list[str]) -> list[str]:
-    """The smallest set of weights of each component: safetensors if there are any, without variants if possible."""
+    """One set of weights of each component, by the preferences of the library that loads it."""
     chosen: list[str] = []
     parts: dict[str, list[str]] = {}
     for file in files:
         part, _, name = file.rpartition("/")
         if name.endswith((".safetensors", ".bin")) and part and "/" not in part:
             parts.setdefault(part, []).append(file)
-    for names in parts.values():
-        safe = [name for name in names if name.endswith(".safetensors")] or names
-        plain = [name for name in safe if not re.search(r"\.(fp16|bf16|non_ema)[.-]", name)]
-        chosen += plain or safe
+    for part, names in parts.items():
+        safe = [name for name in names if name.endswith(".safetensors")]
+        if part.startswith(("text_encoder", "bert")):  # transformers takes any safetensors before a pickle
+            names = safe or names
+        plain = [name for name in names if not re.search(r"\.(fp16|bf16|non_ema)[.-]", name)]
+        chosen += [name for name in plain if name in safe] or plain or safe or names
     return [name for name in chosen if not name.startswith(("safety_checker/", "image_encoder/"))]

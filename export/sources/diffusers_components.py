@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from latentedge.export.model import ComponentSource
-from latentedge.export.sources.diffusers_loading import Lora, Part, builder
+from latentedge.export.sources.diffusers_loading import Part
+from latentedge.export.sources.diffusers_loras import Lora, builder
 from latentedge.runtime.bundle import Array, Axis, Component, TensorSpec
 
 TEXT_BATCH = Axis(1, 1, 16)
@@ -16,6 +17,8 @@ UNET_BATCH = Axis(1, 2, 16)
 PICTURE_BATCH = Axis(1, 1, 8)
 #: Picture sizes are compared on latents of at most this side, so that a comparison takes seconds.
 COMPARED_SIDE = 32
+#: Side of a small picture up to which every super-resolution model takes it whole, as its original does.
+ENLARGED_SIDE = 128
 TRAIN_TIMESTEPS = 1000
 
 
@@ -29,16 +32,16 @@ def halvings(config: Mapping[str, Any]) -> int:
     return len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1
 
 
-def latent_axes(size: tuple[int, int], smallest: int, batch: Axis) -> dict[str, Axis]:
-    """Batch and latent sides: tuned for ``size``, allowed up to twice that.
+def latent_axes(size: tuple[int, int], smallest: int, batch: Axis, largest: int = COMPARED_SIDE) -> dict[str, Axis]:
+    """Batch and latent sides: tuned for ``size``, allowed up to twice that and at least up to ``largest``.
 
     Any side is taken, as diffusers takes it: upsampling restores the size that was halved (``diffusers_modules.py``).
     """
     smallest = min(smallest, *size)
     return {
         "batch": batch,
-        "latent_height": Axis(smallest, size[0], max(2 * size[0], COMPARED_SIDE)),
-        "latent_width": Axis(smallest, size[1], max(2 * size[1], COMPARED_SIDE)),
+        "latent_height": Axis(smallest, size[0], max(2 * size[0], largest)),
+        "latent_width": Axis(smallest, size[1], max(2 * size[1], largest)),
     }
 
 
@@ -66,11 +69,15 @@ def _source(part: Part, spec: Component, build: Any, sample_inputs: Any) -> Comp
 
 
 def unet_component(
-    part: Part, conditions: Mapping[str, tuple[int, ...]], size: tuple[int, int], loras: Sequence[Lora]
+    part: Part,
+    conditions: Mapping[str, tuple[int, ...]],
+    size: tuple[int, int],
+    loras: Sequence[Lora],
+    largest: int = COMPARED_SIDE,
 ) -> ComponentSource:
     """The denoiser; ``conditions`` are its inputs after sample and timestep, with their shapes without the batch."""
     config = part.config
-    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH)
+    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH, largest)
     sides = ("latent_height", "latent_width")
     inputs = [
         TensorSpec("sample", "float32", ("batch", int(config["in_channels"]), *sides)),
@@ -102,11 +109,12 @@ def _unet_input(spec: TensorSpec, lengths: Mapping[str, int], random: np.random.
     return random.standard_normal(shape).astype(np.float32)
 
 
-def text_component(part: Part, outputs: Sequence[str], loras: Sequence[Lora]) -> ComponentSource:
-    """A text encoder with the outputs named."""
+def text_component(
+    part: Part, length: int, outputs: Sequence[str], loras: Sequence[Lora], *, masked: bool = False
+) -> ComponentSource:
+    """A text encoder of ``length`` tokens with the outputs named; ``masked``: padding is not attended to."""
     bert = part.kind == "LDMBertModel"
     width = int(part.config["d_model" if bert else "hidden_size"])
-    length = int(part.config["max_position_embeddings"])
     shapes: dict[str, tuple[int, ...]] = {
         "pooler_output": (width,),
         "text_embeds": (int(part.config.get("projection_dim") or width),),
@@ -121,7 +129,9 @@ def text_component(part: Part, outputs: Sequence[str], loras: Sequence[Lora]) ->
     def wrap(model: Any) -> Any:
         from latentedge.export.sources import diffusers_text
 
-        return diffusers_text.LdmBertTextEncoder(model) if bert else diffusers_text.ClipTextEncoder(model, outputs)
+        if bert:
+            return diffusers_text.LdmBertTextEncoder(model)
+        return diffusers_text.ClipTextEncoder(model, outputs, masked=masked)
 
     def sample_inputs(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
         ids = random.integers(0, int(part.config["vocab_size"]), (lengths["batch"], length))
@@ -134,7 +144,12 @@ def text_component(part: Part, outputs: Sequence[str], loras: Sequence[Lora]) ->
 
 
 def first_stage_components(
-    part: Part, size: tuple[int, int], scale_factor: float, *, normalised: tuple[bool, bool] = (False, False)
+    part: Part,
+    size: tuple[int, int],
+    scale_factor: float,
+    largest: int = COMPARED_SIDE,
+    *,
+    normalised: tuple[bool, bool] = (False, False),
 ) -> list[ComponentSource]:
     """Encoder and decoder of a first stage, as ``vae_encoder`` and ``vae_decoder``.
 
@@ -143,7 +158,7 @@ def first_stage_components(
     factor = 2 ** halvings(part.config)
     channels = int(part.config.get("vq_embed_dim") or part.config["latent_channels"])
     picture = tuple(f"{factor}*{axis}" if factor > 1 else axis for axis in ("latent_height", "latent_width"))
-    axes = latent_axes(size, 2, PICTURE_BATCH)
+    axes = latent_axes(size, 2, PICTURE_BATCH, largest)
     stated = (part.config.get("latents_mean"), part.config.get("latents_std"))
     codings = _codings(part.kind, *(stated if used else (None, None) for used in normalised))
     latent = TensorSpec("latent_sample", "float32", ("batch", channels, "latent_height", "latent_width"))

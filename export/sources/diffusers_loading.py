@@ -1,4 +1,4 @@
-"""One component of a diffusers folder at a time: found, loaded strictly, LoRA files merged."""
+"""One component of a diffusers folder at a time: found and loaded strictly."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import importlib
 import inspect
 import json
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ CLASSES = {
 }
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+#: What a part's file name holds where the weights lie in several.
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 LISTED_KEYS = 10
 #: What the libraries raise for files that are damaged or of another model.
 READING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -88,7 +91,7 @@ def read_part(root: Path, name: str, kind: str) -> Part:
             f"{folder} is a {kind}, which this export does not know.",
             hint=f"known are: {', '.join(CLASSES)}",
         )
-    files, variant = _weights(folder)
+    files, variant = _weights(folder, kind)
     own = read_json(folder / "config.json")
     return Part(name, kind, folder, {**_defaults(kind), **own}, files, variant)
 
@@ -131,21 +134,34 @@ def _defaults(kind: str) -> dict[str, Any]:
     return {entry.name: entry.default for entry in parameters if entry.default is not inspect.Parameter.empty}
 
 
-def _weights(folder: Path) -> tuple[tuple[Path, ...], str | None]:
-    """The weight files of a component, safetensors first, the plain variant before others."""
-    for suffix in WEIGHT_SUFFIXES:
-        found = [
-            path
-            for path in sorted(folder.glob(f"*{suffix}"))
-            if path.name.startswith(WEIGHT_NAMES) and "non_ema" not in path.name
-        ]
-        variants = {_variant(path): None for path in found}
-        if found:
-            chosen = None if None in variants else next(iter(variants))
-            return tuple(path for path in found if _variant(path) == chosen), chosen
-    raise LatentEdgeError(
-        f"{folder} holds no weights.", hint="expected diffusion_pytorch_model.safetensors or model.safetensors there"
-    )
+def _weights(folder: Path, kind: str) -> tuple[tuple[Path, ...], str | None]:
+    """The weight files that a component's library takes of those that are there.
+
+    diffusers puts the plain variant before others, pickles included; transformers puts safetensors before pickles.
+    """
+    found = weight_files(folder)
+    if CLASSES[kind] != "diffusers":
+        found = [path for path in found if path.suffix == found[0].suffix]
+    if not found:
+        raise LatentEdgeError(
+            f"{folder} holds no weights.",
+            hint="expected diffusion_pytorch_model.safetensors or model.safetensors there",
+        )
+    chosen = None if any(_variant(path) is None for path in found) else _variant(found[0])
+    files = [path for path in found if _variant(path) == chosen]
+    files = [path for path in files if path.suffix == files[0].suffix]
+    whole = [path for path in files if not SHARD.search(path.name)]
+    return tuple(whole or files), chosen
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Every file of torch weights of a component, safetensors first."""
+    return [
+        path
+        for suffix in WEIGHT_SUFFIXES
+        for path in sorted(folder.glob(f"*{suffix}"))
+        if path.name.startswith(WEIGHT_NAMES) and "non_ema" not in path.name
+    ]
 
 
 def _variant(path: Path) -> str | None:
@@ -166,17 +182,18 @@ def load(part: Part) -> Any:
     except READING_ERRORS as error:
         if "expected shape" in str(error):
             raise LatentEdgeError(
-                f"the weights in {part.folder} do not fit its config.json: {_first_sentence(error)}.",
+                f"the weights in {part.folder} do not fit its config.json: {first_sentence(error)}.",
                 hint="config.json and weights must come from the same checkpoint",
             ) from error
         raise LatentEdgeError(
-            f"{part.folder} cannot be loaded: {_first_sentence(error)}.", hint="copy or download the weights again"
+            f"{part.folder} cannot be loaded: {first_sentence(error)}.", hint="copy or download the weights again"
         ) from error
     _check_keys(part, info)
     return model
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
+    """What an error of the libraries says first; they go on at length."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0].partition(". ")[0].rstrip(".")
 
@@ -193,97 +210,3 @@ def _check_keys(part: Part, info: Mapping[str, Iterable[Any]]) -> None:
             f"the weights in {part.folder} do not fit its config.json; {'; '.join(problems)}.",
             hint="config.json and weights must come from the same checkpoint",
         )
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file, the scale to merge it with, and how diffusers' pipelines read such a file."""
-
-    path: Path
-    scale: float
-    pipeline: str
-    unet_config: Mapping[str, Any]
-
-    def tensors(self) -> tuple[dict[str, Any], dict[str, float] | None, Any]:
-        """Tensors by diffusers' names, alphas, and metadata; :class:`LatentEdgeError` when the file is no LoRA."""
-        if not self.path.is_file():
-            raise LatentEdgeError(f"there is no LoRA file {self.path}.")
-        pipeline = library_class(self.pipeline)
-        try:
-            state, alphas, metadata = pipeline.lora_state_dict(
-                str(self.path), unet_config=_Fields(self.unet_config), return_lora_metadata=True
-            )
-        except READING_ERRORS as error:
-            raise LatentEdgeError(f"{self.path} is no LoRA that diffusers reads: {_first_sentence(error)}.") from error
-        return state, alphas, metadata
-
-
-class _Fields(dict[str, Any]):
-    """A configuration whose fields are attributes, as diffusers' readers expect it."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError as error:
-            raise AttributeError(name) from error
-
-
-def lora_targets(lora: Lora, components: Sequence[str]) -> tuple[str, ...]:
-    """Which of ``components`` a LoRA changes; :class:`LatentEdgeError` when it changes none."""
-    state, _, _ = lora.tensors()
-    targets = tuple(name for name in components if any(key.startswith(f"{name}.") for key in state))
-    if not targets:
-        raise LatentEdgeError(
-            f"{lora.path} changes none of {', '.join(components)}; its keys start with {next(iter(state), 'nothing')}.",
-            hint="a LoRA belongs to one family of models: Stable Diffusion 1, 2 or XL",
-        )
-    return targets
-
-
-def merge(model: Any, name: str, loras: Iterable[Lora]) -> None:
-    """Merge every LoRA that has keys for the component ``name`` into its weights, for good."""
-    for number, lora in enumerate(loras):
-        state, alphas, metadata = lora.tensors()
-        if not any(key.startswith(f"{name}.") for key in state):
-            continue
-        library("peft")
-        pipeline = library_class(lora.pipeline)
-        adapter = f"lora{number}"
-        options = {"network_alphas": alphas, "adapter_name": adapter, "metadata": metadata}
-        try:
-            if name == "unet":
-                pipeline.load_lora_into_unet(state, unet=model, **options)
-            else:
-                pipeline.load_lora_into_text_encoder(state, text_encoder=model, prefix=name, **options)
-        except READING_ERRORS as error:
-            raise LatentEdgeError(
-                f"{lora.path} does not fit the {name} of this model: {_first_sentence(error)}.",
-                hint="a LoRA belongs to one family of models: Stable Diffusion 1, 2 or XL",
-            ) from error
-        _merge_layers(model, lora, adapter)
-
-
-def _merge_layers(model: Any, lora: Lora, adapter: str) -> None:
-    tuner = library("peft.tuners.tuners_utils").BaseTunerLayer
-    layers = [module for module in model.modules() if isinstance(module, tuner)]
-    if not layers:
-        raise LatentEdgeError(f"{lora.path} changed no layer of the model: its layers' names or sizes do not fit.")
-    for layer in layers:
-        layer.scale_layer(lora.scale)
-        layer.merge(safe_merge=True, adapter_names=[adapter])
-    library("diffusers.utils.peft_utils").recurse_remove_peft_layers(model)
-    # What the two libraries remember of an adapter would name layers that are gone.
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-
-
-def builder(part: Part, wrap: Callable[[Any], Any], loras: Sequence[Lora] = ()) -> Callable[[], Any]:
-    """A function that loads the component, merges LoRA files and wraps it, when it is called."""
-
-    def build() -> Any:
-        model = load(part)
-        merge(model, part.name, loras)
-        return wrap(model).eval()
-
-    return build

@@ -6,6 +6,7 @@ What the runtime does with the conditioning (order of the branches, scaling, dra
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,22 +17,31 @@ from tokenizers import Tokenizer
 
 from latentedge.export.model import ComponentSource, SourceModel, SourceOptions, TokenizerSource
 from latentedge.export.sources.diffusers_components import (
+    COMPARED_SIDE,
+    ENLARGED_SIDE,
     first_stage_components,
     halvings,
     side_of,
     text_component,
     unet_component,
 )
-from latentedge.export.sources.diffusers_kinds import LDM, SDXL, Kind
+from latentedge.export.sources.diffusers_conditions import (
+    check_inputs,
+    context_width,
+    latent_side,
+    pooled_encoder,
+    time_ids,
+    token_count,
+)
+from latentedge.export.sources.diffusers_kinds import LDM, OFFSET, SDXL, Kind
 from latentedge.export.sources.diffusers_loading import (
-    Lora,
     Part,
     component_class,
     library_class,
-    lora_targets,
     read_json,
     read_part,
 )
+from latentedge.export.sources.diffusers_loras import Lora, lora_targets
 from latentedge.export.sources.tokenizers import load_tokenizer
 from latentedge.runtime.bundle import (
     Conditioning,
@@ -42,6 +52,7 @@ from latentedge.runtime.bundle import (
     file_sha256,
 )
 from latentedge.runtime.errors import LatentEdgeError
+from latentedge.runtime.samplers import SAMPLERS
 
 ENCODINGS = {"AutoencoderKL": "kl", "VQModel": "vq", "AutoencoderTiny": "plain"}
 #: Original size, crop corner, and the target size or, in the refiner, an aesthetic score.
@@ -57,6 +68,10 @@ class Parts:
     text: tuple[Part, ...]
     tokenizers: tuple[Path, ...]
 
+    def token_count(self, number: int) -> int:
+        """To how many tokens the text encoder ``number`` takes a prompt."""
+        return token_count(self.text[number], self.tokenizers[number])
+
 
 def read_pipeline(folder: Path, index: Mapping[str, Any], kind: Kind, options: SourceOptions) -> SourceModel:
     """Describe the pipeline in ``folder``; nothing but configurations, tokenizers and file hashes is read."""
@@ -67,6 +82,7 @@ def describe(
     folder: Path, index: Mapping[str, Any], kind: Kind, parts: Parts, options: SourceOptions, layout: str = "diffusers"
 ) -> SourceModel:
     """The source model of a pipeline whose parts were found, whatever their weights are stored as."""
+    check_inputs(parts.unet, kind.class_name)
     kind = _as_the_unet_needs(kind, parts.unet)
     messages: list[str] = []
     loras = _loras(options, kind, parts)
@@ -87,7 +103,7 @@ def describe(
             encoding=ENCODINGS[parts.first_stage.kind],
         ),
         conditioning=conditioning,
-        schedule=_schedule(folder, kind, layout),
+        schedule=_schedule(folder, kind, layout, messages),
         defaults=_defaults(kind, parts, folder, index, factor, messages),
         components=tuple(_components(kind, parts, conditioning, scale_factor, loras)),
         tokenizers=tokenizers,
@@ -136,19 +152,19 @@ def _as_the_unet_needs(kind: Kind, unet: Part) -> Kind:
 def _conditioning(
     kind: Kind, parts: Parts, index: Mapping[str, Any], tokenizers: Mapping[str, TokenizerSource]
 ) -> Conditioning:
-    extended = _time_ids(parts)
+    extended = time_ids(parts.unet, parts.text)
+    pooled = pooled_encoder(parts.text)
     zeros = extended is not None and bool(index.get("force_zeros_for_empty_prompt", True))
     width = parts.unet.config.get("time_cond_proj_dim")
     encoders = []
     for number, part in enumerate(parts.text):
-        last = number == len(parts.text) - 1
         name = _tokenizer_name(parts, number)
         encoders.append(
             TextEncoder(
                 component=_component_name(part),
                 tokenizer=name if name in tokenizers else None,
                 output=_inner_state(part) if extended else "last_hidden_state",
-                pooled_output="text_embeds" if extended and last else None,
+                pooled_output="text_embeds" if extended and number == pooled else None,
             )
         )
     return Conditioning(
@@ -162,19 +178,6 @@ def _conditioning(
         image_guidance=kind.image_guidance,
         upscale=2 ** halvings(parts.first_stage.config) if kind.task == "super-resolution" else None,
     )
-
-
-def _time_ids(parts: Parts) -> int | None:
-    """How many numbers an SDXL UNet takes beside the pooled text: the base model six sizes, the refiner five."""
-    config = parts.unet.config
-    if config.get("addition_embed_type") is None:
-        return None
-    if config["addition_embed_type"] != "text_time":
-        raise LatentEdgeError(
-            f"the UNet in {parts.unet.folder} takes {config['addition_embed_type']}; known: text_time."
-        )
-    pooled = int(parts.text[-1].config["projection_dim"])
-    return (int(config["projection_class_embeddings_input_dim"]) - pooled) // int(config["addition_time_embed_dim"])
 
 
 def _inner_state(part: Part) -> str:
@@ -193,25 +196,32 @@ def _tokenizer_name(parts: Parts, number: int) -> str:
 def _components(
     kind: Kind, parts: Parts, conditioning: Conditioning, scale_factor: float, loras: Sequence[Lora]
 ) -> list[ComponentSource]:
-    unet = parts.unet.config
-    size = side_of(unet["sample_size"])
+    size = _latent_side(kind, parts)
     components = []
-    for part, encoder in zip(parts.text, conditioning.encoders, strict=True):
-        components.append(text_component(part, _text_outputs(part, encoder), loras))
+    for number, (part, encoder) in enumerate(zip(parts.text, conditioning.encoders, strict=True)):
+        # SDXL's pipelines give their text encoders no mask, whatever the configuration says.
+        masked = bool(part.config.get("use_attention_mask")) and conditioning.time_ids is None
+        length = parts.token_count(number)
+        components.append(text_component(part, length, _text_outputs(part, encoder), loras, masked=masked))
     conditions: dict[str, tuple[int, ...]] = {}
     if conditioning.encoders:
-        length = int(parts.text[0].config["max_position_embeddings"])
-        conditions["encoder_hidden_states"] = (length, _one(unet["cross_attention_dim"]))
+        conditions["encoder_hidden_states"] = (parts.token_count(0), context_width(parts.unet, parts.text))
     if conditioning.time_ids is not None:
-        conditions["text_embeds"] = (int(parts.text[-1].config["projection_dim"]),)
+        pooled = parts.text[pooled_encoder(parts.text)]
+        conditions["text_embeds"] = (int(pooled.config["projection_dim"]),)
         conditions["time_ids"] = (conditioning.time_ids,)
     if conditioning.guidance_embedding is not None:
         conditions["timestep_cond"] = (conditioning.guidance_embedding,)
-    components.append(unet_component(parts.unet, conditions, size, loras))
+    largest = ENLARGED_SIDE if kind.task == "super-resolution" else COMPARED_SIDE
+    components.append(unet_component(parts.unet, conditions, size, loras, largest))
     # Only SDXL's pipelines use the statistics that a first stage may state; its inpainting does so in decoding alone.
     normalised = kind.family == SDXL.family
     return components + first_stage_components(
-        parts.first_stage, size, scale_factor, normalised=(normalised and kind.task != "inpainting", normalised)
+        parts.first_stage,
+        size,
+        scale_factor,
+        largest,
+        normalised=(normalised and kind.task != "inpainting", normalised),
     )
 
 
@@ -226,12 +236,9 @@ def _text_outputs(part: Part, encoder: TextEncoder) -> tuple[str, ...]:
     return tuple(outputs)
 
 
-def _one(value: int | Sequence[int]) -> int:
-    """A cross_attention_dim that is one number for all levels."""
-    widths = {value} if isinstance(value, int) else set(value)
-    if len(widths) != 1:
-        raise LatentEdgeError(f"the UNet's levels take texts of different widths: {sorted(widths)}.")
-    return int(next(iter(widths)))
+def _latent_side(kind: Kind, parts: Parts) -> tuple[int, int]:
+    # The classes that correct a scheduler's offset are those that correct an older UNet's side.
+    return latent_side(parts.unet.config, parts.first_stage.config, older=OFFSET in kind.schedule)
 
 
 def _tokenizers(parts: Parts, options: SourceOptions, messages: list[str]) -> dict[str, TokenizerSource]:
@@ -243,7 +250,7 @@ def _tokenizers(parts: Parts, options: SourceOptions, messages: list[str]) -> di
             messages.append(f"{folder} is missing: the bundle takes token ids only; name one with --tokenizer DIR|ID")
             continue
         kind = "bert" if part.kind == "LDMBertModel" else "clip"
-        found[name] = load_tokenizer(folder, kind, int(part.config["max_position_embeddings"]), None)
+        found[name] = load_tokenizer(folder, kind, parts.token_count(number), None)
         _check_vocabulary(found[name], part, folder)
     return found
 
@@ -261,7 +268,7 @@ def _check_vocabulary(tokenizer: TokenizerSource, part: Part, folder: Path | str
 def _defaults(
     kind: Kind, parts: Parts, folder: Path, index: Mapping[str, Any], factor: int, messages: list[str]
 ) -> Defaults:
-    size = side_of(parts.unet.config["sample_size"])
+    size = _latent_side(kind, parts)
     name = f"{folder.resolve().name} {index.get('_name_or_path', '')}".lower()
     turbo = "turbo" in name and kind.task == "text-to-image"
     if turbo:
@@ -291,13 +298,19 @@ def _notes(loras: Sequence[Lora]) -> list[str]:
     return [f"LoRA {lora.path.name} merged with scale {lora.scale:g}" for lora in loras]
 
 
-def _schedule(folder: Path, kind: Kind, layout: str) -> dict[str, object]:
+def _schedule(folder: Path, kind: Kind, layout: str, messages: list[str]) -> dict[str, object]:
     """The scheduler's configuration as the pipeline runs it: some classes set fields of it when they are made."""
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    if schedule.get("lambda_min_clipped") == -math.inf:  # the solvers' default, which diffusers writes and JSON has not
+        del schedule["lambda_min_clipped"]
     fields = set(schedule)
     if layout == "diffusers":
         fields |= set(inspect.signature(library_class(str(schedule.get("_class_name"))).__init__).parameters)
     changes = {name: value for name, value in kind.schedule if name in fields}
+    if schedule.get("_class_name") not in SAMPLERS:
+        messages.append(
+            f"its {schedule.get('_class_name')} is not known here: drawing needs a --sampler of another name"
+        )
     return {**schedule, **changes, "dialect": "diffusers"}
 
 

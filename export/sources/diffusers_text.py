@@ -17,10 +17,10 @@ class ClipTextEncoder(nn.Module):
 
     ``outputs`` names what ``forward`` returns, in order: ``last_hidden_state`` (after the final norm),
     ``pooler_output`` (the state at the end of the text), ``text_embeds`` (projected), ``hidden_states.N`` (after N
-    layers, without a norm).
+    layers, without a norm). ``masked``: what comes after the end of the text is padding, which no token attends to.
     """
 
-    def __init__(self, model: Any, outputs: Iterable[str]) -> None:
+    def __init__(self, model: Any, outputs: Iterable[str], *, masked: bool = False) -> None:
         super().__init__()
         text = getattr(model, "text_model", model)
         self.embeddings = text.embeddings
@@ -28,6 +28,7 @@ class ClipTextEncoder(nn.Module):
         self.final_layer_norm = text.final_layer_norm
         self.projection = getattr(model, "text_projection", None)
         self.outputs = tuple(outputs)
+        self.masked = masked
         self.heads = int(model.config.num_attention_heads)
         self.end_token = int(model.config.eos_token_id)
         length = int(model.config.max_position_embeddings)
@@ -38,9 +39,12 @@ class ClipTextEncoder(nn.Module):
         """Token ids int64 [batch, tokens] to the named outputs."""
         hidden = self.embeddings(input_ids=input_ids)
         tokens = input_ids.shape[1]
+        mask = self.mask[:tokens, :tokens]
+        if self.masked:
+            mask = mask + self._padding(input_ids)
         states = {"hidden_states.0": hidden}
         for number, layer in enumerate(self.layers, start=1):
-            hidden = hidden + self._attention(layer.self_attn, layer.layer_norm1(hidden), self.mask[:tokens, :tokens])
+            hidden = hidden + self._attention(layer.self_attn, layer.layer_norm1(hidden), mask)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
             states[f"hidden_states.{number}"] = hidden
         states["last_hidden_state"] = self.final_layer_norm(hidden)
@@ -58,11 +62,20 @@ class ClipTextEncoder(nn.Module):
         return result
 
     def _pooled(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """The state at the first end token. Configurations that give 2 as its id mean the largest id (transformers)."""
+        """The state at the end of the text."""
+        positions = self._end(input_ids)[:, None, None].expand(-1, 1, hidden.shape[2])
+        return hidden.gather(1, positions).squeeze(1)
+
+    def _padding(self, input_ids: Tensor) -> Tensor:
+        """[batch, 1, 1, tokens] to add to the logits."""
+        after = torch.arange(input_ids.shape[1]) > self._end(input_ids)[:, None]
+        return (after.to(self.mask.dtype) * MASKED)[:, None, None]
+
+    def _end(self, input_ids: Tensor) -> Tensor:
+        """Position of the first end token. Configurations that give 2 as its id mean the largest id (transformers)."""
         ids = input_ids.to(torch.int32)
         ends = ids if self.end_token == 2 else (ids == self.end_token).to(torch.int32)
-        positions = ends.argmax(dim=-1)[:, None, None].expand(-1, 1, hidden.shape[2])
-        return hidden.gather(1, positions).squeeze(1)
+        return ends.argmax(dim=-1)
 
 
 class LdmBertTextEncoder(nn.Module):

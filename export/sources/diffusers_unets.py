@@ -13,14 +13,17 @@ from latentedge.export.sources.diffusers_modules import made_exportable
 class UnconditionalUNet(nn.Module):
     """``UNet2DModel``: sample [batch, channels, height, width] and timestep [batch] to out_sample."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.sizes: list[torch.Size] = []
+        self.whole_timesteps = unet.config.time_embedding_type == "learned"
         self.unet = made_exportable(unet, self.sizes)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """The predicted noise, velocity or sample, as large as the latent."""
         self.sizes.clear()
+        if self.whole_timesteps:
+            timestep = timestep.round().to(torch.int64)
         result: Tensor = self.unet(sample, timestep, return_dict=False)[0]
         return result
 

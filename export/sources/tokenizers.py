@@ -23,6 +23,7 @@ GOLDEN_PROMPTS = (
     "ein Bär 猫 and 🐱, don't they've",
     "a very long prompt about mountains, rivers and clouds in the evening light " * 8,
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 KINDS = ("clip", "bert", "auto")
 PAD_TOKENS = {"clip": "<|endoftext|>", "bert": "[PAD]"}
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -45,7 +46,9 @@ def load_tokenizer(source: Path | str, kind: str, length: int, pad: str | None =
     if not path.exists():
         return _from_transformers(_pretrained(str(source)), length, pad)
     folder = path if path.is_dir() else path.parent
-    original = _original(path) if (folder / "tokenizer_config.json").is_file() else None
+    # Without a vocabulary transformers makes an empty tokenizer of the settings.
+    described = (folder / "tokenizer_config.json").is_file() and any((folder / name).is_file() for name in VOCABULARIES)
+    original = _original(path) if described else None
     if original is not None:
         return _from_transformers(original, length, pad)
     tokenizer, found = read_files(path, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import shutil
@@ -15,6 +16,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch
+from diffusers import StableDiffusionPipeline
 
 from latentedge.export.model import ComponentSource, SourceModel, SourceOptions
 from latentedge.export.sources import diffusers as source
@@ -278,6 +280,51 @@ def test_half_precision_files_and_pickles_are_read(folders: dict[str, tuple[Path
             assert near(found, pipeline.unet(sample, 7).sample)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_half_precision_copy_beside_a_pickle(part: str, copied: Path, folders: dict[str, tuple[Path, Any]]) -> None:
+    """diffusers takes the plain pickle, transformers any safetensors: as the pipeline has it, in float32."""
+    module = getattr(folders["sd"][1], part)
+    for file in (copied / part).glob("*.safetensors"):
+        file.unlink()
+    name = "diffusion_pytorch_model" if part == "unet" else "pytorch_model"
+    torch.save(module.state_dict(), copied / part / f"{name}.bin")
+    copy.deepcopy(module).half().save_pretrained(copied / part, variant="fp16")
+    theirs = getattr(StableDiffusionPipeline.from_pretrained(copied, safety_checker=None), part).float()
+    model = source.load(copied, OPTIONS)
+    assert (
+        f"{part}/{'diffusion_pytorch_model.bin' if part == 'unet' else 'model.fp16.safetensors'}" in model.source.files
+    )
+    with torch.no_grad():
+        if part == "unet":
+            sample, hidden = torch.randn(1, 4, 8, 8), torch.randn(1, 77, diffusers_models.WIDTH)
+            inputs = {"sample": sample, "timestep": np.float32([9]), "encoder_hidden_states": hidden}
+            expected = theirs(sample, 9, encoder_hidden_states=hidden).sample
+        else:
+            inputs = {"input_ids": torch.arange(77)[None]}
+            expected = theirs(inputs["input_ids"]).last_hidden_state
+    assert near(outputs(component(model, part), **inputs)[0], expected)
+
+
+def test_parts_of_a_file_beside_the_whole(copied: Path) -> None:
+    whole = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(whole, whole.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    files = source.load(copied, OPTIONS).source.files
+    assert [name for name in files if name.startswith("unet/")] == ["unet/diffusion_pytorch_model.safetensors"]
+
+
+def test_weights_in_parts(copied: Path, folders: dict[str, tuple[Path, Any]]) -> None:
+    for variant in (None, "fp16"):
+        for file in (copied / "unet").glob("*.safetensors"):
+            file.unlink()
+        folders["sd"][1].unet.save_pretrained(copied / "unet", max_shard_size="200KB", variant=variant)
+        assert len(list((copied / "unet").glob("*.safetensors"))) > 2
+        part = component(source.load(copied, OPTIONS), "unet")
+        sample, hidden = torch.randn(1, 4, 8, 8), torch.randn(1, 77, diffusers_models.WIDTH)
+        (found,) = outputs(part, sample=sample, timestep=np.float32([9]), encoder_hidden_states=hidden)
+        with torch.no_grad():
+            assert near(found, folders["sd"][1].unet(sample, 9, encoder_hidden_states=hidden).sample)
+
+
 def test_the_source_names_its_files_and_licence(copied: Path) -> None:
     (copied / "README.md").write_text("---\nlicense: openrail\n---\n# A model\n")
     found = source.load(copied, OPTIONS).source
@@ -309,7 +356,7 @@ def test_weights_of_another_architecture(copied: Path) -> None:
     with pytest.raises(LatentEdgeError, match=r"do not fit .* \d+ missing keys: .*, \.\.\.") as caught:
         part.build()
     assert caught.value.message.count(",") < 15
-    file.write_text(json.dumps({**config, "cross_attention_dim": 40}))
+    file.write_text(json.dumps({**config, "conv_in_kernel": 1}))
     part = component(source.load(copied, OPTIONS), "unet")
     assert part.build is not None
     with pytest.raises(LatentEdgeError, match=r"do not fit .* expected shape") as caught:
@@ -336,6 +383,26 @@ def test_a_tokenizer_of_another_model(copied: Path) -> None:
     (copied / "other" / "merges.txt").write_text("#version: 0.2\na t</w>\n")
     with pytest.raises(LatentEdgeError, match="numbers its tokens up to 601"):
         source.load(copied, options)
+
+
+def test_a_tokenizer_without_a_vocabulary(copied: Path) -> None:
+    """transformers would make an empty one of the settings."""
+    (copied / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(LatentEdgeError, match="holds no clip tokenizer"):
+        source.load(copied, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("part", "taken"),
+    [("unet", ["diffusion_pytorch_model.bin"]), ("text_encoder", ["diffusion_pytorch_model.fp16.safetensors"])],
+)
+def test_what_is_downloaded_of_several_sets_of_weights(part: str, taken: list[str]) -> None:
+    names = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"]
+    assert source._weight_files([f"{part}/{name}" for name in names]) == [f"{part}/{name}" for name in taken]
+    names += ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.non_ema.safetensors"]
+    found = source._weight_files([f"{part}/{name}" for name in names])
+    if part == "unet":
+        assert found == ["unet/diffusion_pytorch_model.safetensors"]
 
 
 def test_channels_that_do_not_fit_the_class(copied: Path) -> None:
@@ -370,6 +437,9 @@ def test_which_paths_match(folders: dict[str, tuple[Path, Any]], tmp_path: Path)
     assert source.matches("some-user/some-model", OPTIONS)
     assert not source.matches("folder/model.safetensors", OPTIONS)
     assert not source.matches(tmp_path, OPTIONS)
+    graphs = Path(shutil.copytree(folder, tmp_path / "graphs"))
+    (graphs / "unet" / "model.onnx").touch()
+    assert source.matches(graphs, OPTIONS), "its weights are what can be compared with"
     exported = tmp_path / "exported"
     (exported / "unet").mkdir(parents=True)
     (exported / "model_index.json").write_text("{}")

@@ -268,7 +268,7 @@ def _unknown(folder: Path) -> None:
     [
         (_cut, "no ONNX graph"),
         (_rename_input, "takes the inputs sample, timestep, states"),
-        (_other_width, r"encoder_hidden_states is FLOAT .* 8\]"),
+        (_other_width, "takes texts of the width 9; text_encoder give 8"),
         (_fixed_size, r"latent_sample is FLOAT \[1, 4, 8, 8\]"),
         (_drawing, "draws its own noise"),
         (_without_decoder, "vae_decoder/model.onnx is missing"),

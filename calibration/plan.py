@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentedge.runtime.errors import LatentEdgeError
+import numpy as np
+
+from latentedge.runtime.errors import BundleError, LatentEdgeError
 from latentedge.runtime.structured import structure
 
 FORMAT = "latentedge-plan"
@@ -112,10 +114,16 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
             raise LatentEdgeError(f"{path} is no {FORMAT} of version {VERSION}.")
         body = {name: value for name, value in data.items() if name not in ("format", "version")}
-        plan = structure(cls, body, "")
+        try:
+            plan = structure(cls, body, "")
+        except BundleError as error:
+            raise LatentEdgeError(f"{path}: {error.message.replace('the manifest', 'the plan')}") from error
         for block in plan.blocks:
             if block.precision not in (INT8, FLOAT):
                 raise LatentEdgeError(f"{path}: block {block.name} has precision {block.precision!r}: int8 or float.")
+        for tensor, activation in plan.activations.items():
+            if not (np.isfinite(activation.amax) and activation.amax >= 0):
+                raise LatentEdgeError(f"{path}: the range of {tensor} is {activation.amax}: a finite magnitude.")
         return plan
 
 

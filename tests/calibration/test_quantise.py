@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,19 @@ def test_plan_round_trip(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(LatentEdgeError, match="int4"):
         Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("amax", ["-1.0", "NaN", "Infinity", '"wide"'])
+def test_a_range_that_is_no_magnitude_is_named(tmp_path: Path, amax: str) -> None:
+    model = graph()
+    plan = plan_for(model, evidence(model))
+    tensor = next(iter(plan.activations))
+    edited = json.loads(plan.to_text())
+    edited["activations"][tensor]["amax"] = json.loads(amax)
+    (tmp_path / "plan.json").write_text(json.dumps(edited))
+    with pytest.raises(LatentEdgeError, match=re.escape(tensor)) as error:
+        Plan.load(tmp_path / "plan.json")
+    assert "manifest" not in error.value.message
 
 
 def small(model: ir.Model, conv: ir.Node, dequantized: ir.Node) -> ir.Node:

@@ -178,7 +178,8 @@ class Layout:
 class Conditioning:
     """What steers the denoiser, and how the runtime makes it."""
 
-    #: What ``encoder_hidden_states`` holds: "none", "text", "class", "layout", "embeddings".
+    #: What ``encoder_hidden_states`` holds: "none", "text", "class", "layout", "embeddings". A UNet with an input
+    #: ``class_labels`` takes the class itself.
     cross_attention: str = "none"
     encoders: tuple[TextEncoder, ...] = ()
     concat: tuple[ConcatInput, ...] = ()

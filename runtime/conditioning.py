@@ -134,6 +134,8 @@ class Conditioner:
                 f"class labels go from 0 to {classes - 1}, found {', '.join(map(str, labels))}.",
                 hint="a label is the number of a class in the data that the model was trained on, counted from 0",
             )
+        if self._bundle.component("unet").has_input("class_labels"):
+            return {"class_labels": repeated(labels.astype(np.int64), self._count, "class_label")}
         outputs = self._engine_of("cond_encoder").run({"class_labels": labels.astype(np.int64)})
         return {"encoder_hidden_states": self._repeated(outputs["encoder_hidden_states"], "class_label")}
 

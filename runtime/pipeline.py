@@ -334,6 +334,10 @@ class Pipeline:
         ]
         return np.concatenate([repeated(part, run.count, "image") for part in parts], axis=1)
 
+    def _keeps_picture(self) -> bool:
+        """Whether the picture outside of the mask is put back: CompVis's inpaint.py does, inpainting by text does not."""
+        return self.bundle.task == "inpainting" and self.bundle.conditioning.cross_attention == "none"
+
     def _is_guided(self, run: Run) -> bool:
         """Whether an unconditional branch is evaluated: where the original does, and never at a scale of 1."""
         conditioning, scale = self.bundle.conditioning, run.guidance_scale
@@ -392,7 +396,7 @@ class Pipeline:
         clock = time.perf_counter()
         array = self.decode(latents, run.tile)
         compvis = self.bundle.schedule.get("dialect") == "compvis"
-        if compvis and self.bundle.task == "inpainting" and run.mask is not None and run.pictures is not None:
+        if compvis and self._keeps_picture() and run.mask is not None and run.pictures is not None:
             paint = run.mask[..., None]
             array = np.asarray((1 - paint) * run.pictures + paint * array, np.float32)
         run.timings["decode"] = time.perf_counter() - clock

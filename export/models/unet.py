@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,8 @@ class _Builder:
     blocks: tuple[int, ...]
     attention_resolutions: tuple[int, ...]
     attention: _Attention
+    #: On the way up.
+    attention_up: _Attention
     dropout: float
     scale_shift: bool
     resblock_updown: bool
@@ -173,11 +175,11 @@ class _Builder:
     def residual(self, channels: int, out: int, resample: str | None = None) -> ResBlock:
         return ResBlock(channels, out, 4 * self.model_channels, self.dropout, self.scale_shift, resample)
 
-    def block(self, channels: int, level: int) -> list[nn.Module]:
+    def block(self, channels: int, level: int, attention: _Attention) -> list[nn.Module]:
         out = self.channel_mult[level] * self.model_channels
         modules: list[nn.Module] = [self.residual(channels, out)]
         if 2**level in self.attention_resolutions:
-            modules.append(self.attention.build(out, level))
+            modules.append(attention.build(out, level))
         return modules
 
     def down(self, channels: int) -> nn.Module:
@@ -196,7 +198,7 @@ class _Builder:
         widths = [self.model_channels]
         for level, multiple in enumerate(self.channel_mult):
             for _ in range(self.blocks[level]):
-                stages.append(Stage(self.block(widths[-1], level)))
+                stages.append(Stage(self.block(widths[-1], level, self.attention)))
                 widths.append(multiple * self.model_channels)
             if level < len(self.channel_mult) - 1:
                 stages.append(Stage([self.down(widths[-1])]))
@@ -214,7 +216,7 @@ class _Builder:
         skips = list(widths)
         for level in reversed(range(len(self.channel_mult))):
             for index in range(self.blocks[level] + 1):
-                modules = self.block(channels + skips.pop(), level)
+                modules = self.block(channels + skips.pop(), level, self.attention_up)
                 channels = self.channel_mult[level] * self.model_channels
                 if level > 0 and index == self.blocks[level]:
                     modules.append(self.up(channels))
@@ -259,7 +261,6 @@ class UNetModel(nn.Module):
         refuse_unknown("UNetModel", training_only)
         require_value("UNetModel", "dims", dims, 2)
         require_value("UNetModel", "n_embed", n_embed, None)
-        require_value("UNetModel", "num_heads_upsample", num_heads_upsample, -1, num_heads)
         require_value("UNetModel", "channel_mult[0]", channel_mult[0], 1)
         if num_heads == num_head_channels == -1:
             raise UsageError(
@@ -277,12 +278,16 @@ class UNetModel(nn.Module):
             context,
             use_linear_in_transformer,
         )
+        # The original reads num_heads_upsample for an AttentionBlock whose heads no width gives, and nowhere else.
+        by_number = legacy and num_head_channels == -1 and not use_spatial_transformer
+        heads_up = num_heads_upsample if by_number and num_heads_upsample != -1 else num_heads
         builder = _Builder(
             model_channels,
             tuple(channel_mult),
             _by_level(num_res_blocks, len(channel_mult)),
             tuple(attention_resolutions),
             attention,
+            replace(attention, num_heads=heads_up),
             dropout,
             use_scale_shift_norm,
             resblock_updown,
@@ -296,6 +301,7 @@ class UNetModel(nn.Module):
         width = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
         self.label_emb = _label_embedding(num_classes, adm_in_channels, width)
+        self.classes = num_classes if isinstance(num_classes, int) else None
         self.input_blocks, widths = builder.input_blocks(in_channels)
         self.middle_block = builder.middle_block(widths[-1])
         self.output_blocks = builder.output_blocks(widths)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from latentedge.export.model import ComponentSource, SampleInputs
-from latentedge.export.models.stages import FirstStageDecoder, FirstStageEncoder
+from latentedge.export.models.stages import ClassUNet, FirstStageDecoder, FirstStageEncoder
 from latentedge.export.sources.compvis_weights import Network
 from latentedge.runtime.bundle import Array, Axis, Component, Dimension, Latent, TensorSpec, resolve_dimension
 
@@ -26,8 +26,8 @@ SAMPLED_CODEWORDS = 256
 LATENT_SHAPE = ("latent_height", "latent_width")
 
 
-def normal_inputs(specs: tuple[TensorSpec, ...], timesteps: int) -> SampleInputs:
-    """N(0, 1) for float inputs, and timesteps over the whole range, not only whole ones."""
+def normal_inputs(specs: tuple[TensorSpec, ...], timesteps: int, classes: int | None = None) -> SampleInputs:
+    """N(0, 1) for float inputs, timesteps over the whole range, not only whole ones, and classes of all ``classes``."""
 
     def sample(axes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
         arrays: dict[str, Array] = {}
@@ -35,6 +35,8 @@ def normal_inputs(specs: tuple[TensorSpec, ...], timesteps: int) -> SampleInputs
             shape = tuple(resolve_dimension(side, axes) for side in spec.shape)
             if spec.name == "timestep":
                 arrays[spec.name] = rng.uniform(0, timesteps - 1, shape).astype(np.float32)
+            elif spec.name == "class_labels" and classes is not None:
+                arrays[spec.name] = rng.integers(0, classes, shape, np.int64)
             else:
                 arrays[spec.name] = rng.standard_normal(shape, np.float32)
         return arrays
@@ -141,8 +143,12 @@ def unet_component(
     timesteps: int,
     guided: bool,
     context: tuple[int | str, int] | None,
+    classes: int | None = None,
 ) -> ComponentSource:
-    """The denoiser. ``context`` is (tokens, width) of ``encoder_hidden_states``; tokens may be an axis."""
+    """The denoiser. ``context`` is (tokens, width) of ``encoder_hidden_states``; tokens may be an axis.
+
+    ``classes``: how many it knows itself, as an input ``class_labels``.
+    """
     skeleton = network.skeleton()
     inputs = [
         TensorSpec("sample", "float32", ("batch", skeleton.in_channels, *LATENT_SHAPE)),
@@ -157,10 +163,13 @@ def unet_component(
         if isinstance(tokens, str):
             axes[tokens] = Axis(1, 1, LARGEST_ROW)
             others[tokens] = 3
+    if classes is not None:
+        inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
     outputs = (TensorSpec("out_sample", "float32", ("batch", skeleton.out_channels, *LATENT_SHAPE)),)
     trace, compare = compared_axes(axes, **others)
     spec = Component("unet", tuple(inputs), outputs, axes)
-    return ComponentSource(spec, network.load, normal_inputs(spec.inputs, timesteps), trace, compare)
+    build = network.load if classes is None else lambda: ClassUNet(network.load()).eval()
+    return ComponentSource(spec, build, normal_inputs(spec.inputs, timesteps, classes), trace, compare)
 
 
 def network_levels(unet: Any) -> tuple[int, ...]:
@@ -170,9 +179,9 @@ def network_levels(unet: Any) -> tuple[int, ...]:
 
 
 def first_stage_components(
-    network: Network, latent: Latent, size: tuple[int, int], picture_channels: int
+    network: Network, latent: Latent, size: tuple[int, int], picture_channels: int, quantised: bool = True
 ) -> tuple[ComponentSource, ComponentSource]:
-    """Encoder and decoder of a first stage; ``size`` is the latent's."""
+    """Encoder and decoder of a first stage; ``size`` is the latent's. ``quantised``: through the codebook it has."""
     axes = latent_axes(*size, 1, 1)
     trace, compare = compared_axes(axes)
     picture_shape: tuple[Dimension, ...] = (
@@ -195,12 +204,12 @@ def first_stage_components(
         table: Array = network.checkpoint.tensor(network.names["quantize.embedding.weight"]).float().numpy()
         return table
 
-    latents = codeword_inputs(taken, codebook) if vq else latent_inputs(taken, latent.scale_factor)
+    latents = codeword_inputs(taken, codebook) if vq and quantised else latent_inputs(taken, latent.scale_factor)
     return (
         ComponentSource(
             encoder, lambda: FirstStageEncoder(network.load()).eval(), picture_inputs(picture), trace, compare
         ),
-        ComponentSource(decoder, lambda: FirstStageDecoder(network.load()).eval(), latents, trace, compare),
+        ComponentSource(decoder, lambda: FirstStageDecoder(network.load(), quantised).eval(), latents, trace, compare),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ IDENTITY = "torch.nn.Identity"
 
 DIFFUSION_TARGETS = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": "latent",
+    "ldm.models.diffusion.ddpm.Layout2ImgDiffusion": "latent",
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": "inpaint",
 }
 CORRECT = "correct this line of the YAML, or take the YAML that was published with the checkpoint."
@@ -114,10 +116,20 @@ class ModelConfig:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are those of YAML 1.2, as OmegaConf reads it: ``1e-4`` is a number, not text."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
 def read_config(path: Path) -> ModelConfig:
     """Read a YAML file; ``LatentEdgeError`` for one that is no model, ``UsageError`` for what is not supported."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LatentEdgeError(
             f"{path} is no YAML file: {' '.join(str(error).split())}.",
@@ -174,6 +186,11 @@ def _diffusion_config(model: NetworkConfig, name: str) -> DiffusionConfig:
         if key in values or params.get(key) is None:
             continue
         values[key] = _converted(params[key], item.default, f"{name}: {key}")
+    if values.get("cond_stage_forward") not in (None, "encode", "forward"):
+        raise UsageError(
+            f"{name}: cond_stage_forward {values['cond_stage_forward']!r} is not supported.",
+            hint="leave it out where the condition is made by encode or forward.",
+        )
     if model.target.endswith("LatentInpaintDiffusion"):
         values["variant"] = DIFFUSION_TARGETS[model.target]
         values.setdefault("conditioning_key", "hybrid")

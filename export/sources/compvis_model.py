@@ -42,6 +42,9 @@ UNGUIDED_CLASSES = (200, 1.0, 1.0)
 CAPTION_FILES = {"prompts": "calibration.txt", "held_out_prompts": "heldout.txt"}
 #: Guidance of Stable Diffusion's txt2img.py.
 CLIP_GUIDANCE = 7.5
+#: Guidance and eta of Stable Diffusion's inpainting by text (scripts/gradio/inpainting.py of Stability-AI/stablediffusion
+#: for eta).
+TEXT_INPAINTING = (CLIP_GUIDANCE, 1.0)
 
 
 def model_from_files(checkpoint: Path, config: Path, options: SourceOptions) -> SourceModel:
@@ -87,7 +90,11 @@ def model_from(
     size = _latent_size(config, latent)
     source = Source("compvis", {checkpoint.path.name: checkpoint.sha256}, config.extras.get("licence"))
     messages = (*_replaced(checkpoint), *networks.messages, *said)
-    first_stage = first_stage_components(networks.first_stage, latent, size, picture_channels)
+    # A VQModel decodes codewords that its caller has chosen; inside a diffusion model, nobody does.
+    quantised = config.diffusion is None or not config.first_stage.target.endswith("VQModel")
+    first_stage = first_stage_components(networks.first_stage, latent, size, picture_channels, quantised)
+    if not quantised:
+        messages = (*messages, "first_stage_config is a VQModel: as in the original, latents are decoded unquantised")
     if config.diffusion is None:
         side = size[0] * latent.downscale
         defaults = _with_extras(Defaults(height=side, width=side), config)
@@ -107,7 +114,8 @@ def model_from(
     situation = _situation(config, config.diffusion, networks, latent, size, checkpoint.path.parent, options)
     task = task_of(situation)
     assert networks.unet is not None
-    unet = unet_component(networks.unet, size, config.diffusion.timesteps, task.guided, task.context)
+    steps = config.diffusion.timesteps
+    unet = unet_component(networks.unet, size, steps, task.guided, task.context, task.label_classes)
     components = (*task.components, unet, *first_stage)
     return SourceModel(
         family=FAMILY,
@@ -190,8 +198,12 @@ def _situation(
 ) -> Situation:
     assert networks.unet is not None
     unet = networks.unet.skeleton()
-    if unet.label_emb is not None:
-        raise UsageError("a U-Net with a label embedding (num_classes) is not supported in a CompVis YAML.")
+    if (unet.label_emb is not None) is not (diffusion.conditioning == "adm"):
+        raise LatentEdgeError(
+            f"the U-Net {'has' if unet.label_emb is not None else 'lacks'} a label embedding, and conditioning_key is "
+            f"{diffusion.conditioning_key}.",
+            hint="num_classes of unet_config and conditioning_key adm belong together.",
+        )
     if unet.out_channels != latent.channels:
         raise LatentEdgeError(
             f"the U-Net gives {unet.out_channels} channels, the first stage's latent has {latent.channels}.",
@@ -206,6 +218,7 @@ def _situation(
         latent=latent,
         extra_channels=unet.in_channels - latent.channels,
         context_width=unet.context_width,
+        label_classes=unet.classes,
         condition=networks.condition,
         size=size,
         extras=config.extras,
@@ -217,6 +230,8 @@ def _defaults(task: Task, situation: Situation) -> Defaults:
     steps, guidance, eta = SCRIPT_DEFAULTS[task.name]
     if situation.target.endswith("CLIPEmbedder"):
         guidance = CLIP_GUIDANCE
+    if situation.config.conditioning == "hybrid":
+        guidance, eta = TEXT_INPAINTING
     if task.name == "class-to-image" and task.conditioning.classes != IMAGENET_AND_NONE:
         steps, guidance, eta = UNGUIDED_CLASSES
     scale = situation.latent.downscale

@@ -32,6 +32,8 @@ class Situation:
     #: Channels of the U-Net's input beyond the latent's.
     extra_channels: int
     context_width: int | None
+    #: Classes that the U-Net itself knows.
+    label_classes: int | None
     condition: Network | None
     size: tuple[int, int]
     extras: dict[str, Any]
@@ -61,6 +63,8 @@ class Task:
     context: tuple[int | str, int] | None = None
     tokenizers: dict[str, TokenizerSource] = field(default_factory=dict)
     messages: tuple[str, ...] = ()
+    #: Classes that the U-Net itself takes.
+    label_classes: int | None = None
 
     @property
     def guided(self) -> bool:
@@ -74,10 +78,10 @@ def task_of(situation: Situation) -> Task:
     if way is None:
         _expect_extra(situation, 0)
         return Task("unconditional", Conditioning())
-    makers = {"crossattn": CROSS_ATTENTION, "concat": CONCAT, "hybrid": HYBRID}.get(way)
+    makers = {"crossattn": CROSS_ATTENTION, "concat": CONCAT, "hybrid": HYBRID, "adm": ADM}.get(way)
     if makers is None:
         raise UsageError(
-            f"conditioning_key {way!r} is not supported.", hint="supported are concat, crossattn and hybrid."
+            f"conditioning_key {way!r} is not supported.", hint="supported are concat, crossattn, hybrid and adm."
         )
     maker = makers.get(situation.target)
     if maker is None:
@@ -85,8 +89,9 @@ def task_of(situation: Situation) -> Task:
             f"a condition made by {situation.target} and passed on by {way} is not supported.",
             hint=f"with {way}, supported are {', '.join(makers)}.",
         )
-    if way == "crossattn":
+    if way in ("crossattn", "adm"):
         _expect_extra(situation, 0)
+    if way == "crossattn":
         _context_width(situation)
     return maker(situation)
 
@@ -127,15 +132,32 @@ def _classes(situation: Situation) -> Task:
     width = _context_width(situation)
     classes = int(situation.parameters.get("n_classes", IMAGENET))
     messages = list(_assumed(situation, n_classes=IMAGENET))
+    conditioning = _class_conditioning(situation, classes, messages)
+    embedder = components.class_component(_condition(situation), classes, width)
+    return Task("class-to-image", conditioning, (embedder,), (1, width), messages=tuple(messages))
+
+
+def _labels(situation: Situation) -> Task:
+    """Class numbers that the U-Net embeds itself."""
+    if situation.label_classes is None:
+        raise UsageError(
+            "a U-Net that takes a vector of labels (num_classes: sequential) is not supported in a CompVis YAML.",
+            hint="with conditioning_key adm, num_classes must be the number of classes.",
+        )
+    messages: list[str] = []
+    conditioning = _class_conditioning(situation, situation.label_classes, messages)
+    classes = situation.label_classes
+    return Task("class-to-image", conditioning, messages=tuple(messages), label_classes=classes)
+
+
+def _class_conditioning(situation: Situation, classes: int, messages: list[str]) -> Conditioning:
     null = _null_class(situation, classes, messages)
-    conditioning = Conditioning(
+    return Conditioning(
         cross_attention="class",
         unconditional="none" if null is None else "null_class",
         classes=classes,
         null_class=null,
     )
-    embedder = components.class_component(_condition(situation), classes, width)
-    return Task("class-to-image", conditioning, (embedder,), (1, width), messages=tuple(messages))
 
 
 def _null_class(situation: Situation, classes: int, messages: list[str]) -> int | None:
@@ -288,3 +310,4 @@ CONCAT: dict[str, Maker] = {
 HYBRID: dict[str, Maker] = dict.fromkeys(
     ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder"), _text_and_masked_image
 )
+ADM: dict[str, Maker] = {IDENTITY.rsplit(".", 1)[-1]: _labels}

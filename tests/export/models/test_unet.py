@@ -81,6 +81,31 @@ def test_a_fresh_network_gives_zero_and_a_residual_block_its_input() -> None:
     assert torch.equal(block(hidden, torch.randn(1, 128)), hidden)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "up"),
+    [
+        ({"num_heads": 4, "num_heads_upsample": 2}, 2),
+        ({"num_heads": 4}, 4),
+        ({"num_heads": 4, "num_heads_upsample": 2, "legacy": False}, 4),
+        ({"num_head_channels": 8, "num_heads_upsample": 2}, 4),
+    ],
+)
+def test_attention_heads_on_the_way_up(parameters: dict[str, Any], up: int) -> None:
+    network = UNetModel(
+        in_channels=3,
+        model_channels=32,
+        out_channels=3,
+        num_res_blocks=1,
+        attention_resolutions=[1],
+        channel_mult=[1],
+        **parameters,
+    )
+    heads = [
+        [block.heads for block in part.modules() if isinstance(block, AttentionBlock)] for part in network.children()
+    ]
+    assert [found for found in heads if found] == [[4], [4], [up, up]]
+
+
 @torch.no_grad()
 def test_class_numbers_reach_a_network_with_label_embedding() -> None:
     network = UNetModel(**SMALL, num_classes=5).eval()

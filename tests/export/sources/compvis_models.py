@@ -114,6 +114,9 @@ DIFFUSION: dict[str, dict[str, Any]] = {
     ),
     "class": ldm(vq(), unet(3, 3, 16), encoder("ClassEmbedder", embed_dim=16), 3, **CROSS),
     "class-null": ldm(vq(), unet(3, 3, 16), encoder("ClassEmbedder", embed_dim=16, n_classes=1001), 3, **CROSS),
+    "class-in-unet": ldm(
+        vq(), unet(3, 3, num_classes=11), IDENTITY, 3, conditioning_key="adm", cond_stage_key="class_label"
+    ),
     "text-bert": ldm(
         kl(),
         unet(4, 4, 24, legacy=False),
@@ -142,6 +145,15 @@ DIFFUSION: dict[str, dict[str, Any]] = {
         3,
         cond_stage_key="masked_image",
         concat_mode=True,
+    ),
+    "inpainting-text": ldm(
+        kl(),
+        unet(9, 4, 24, legacy=False),
+        encoder("BERTEmbedder", **BERT),
+        4,
+        conditioning_key="hybrid",
+        scale_factor=0.18215,
+        use_ema=False,
     ),
     "retrieval": ldm(kl(levels=3), unet(4, 4, 16), IDENTITY, 4, **CROSS, cond_stage_key="nix", scale_factor=0.22765929),
     "stable-diffusion": ldm(

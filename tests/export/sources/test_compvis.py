@@ -17,6 +17,7 @@ pytest.importorskip("yaml")
 from latentedge.export.model import SourceModel, SourceOptions  # noqa: E402
 from latentedge.export.models.clip_text import ClipTextConfig  # noqa: E402
 from latentedge.export.sources import compvis  # noqa: E402
+from latentedge.export.sources.compvis_config import read_config  # noqa: E402
 from latentedge.runtime import samplers  # noqa: E402
 from latentedge.runtime.bundle import ConcatInput, Layout  # noqa: E402
 from latentedge.runtime.errors import LatentEdgeError, UsageError  # noqa: E402
@@ -28,11 +29,13 @@ TASKS = {
     "unconditional-kl": "unconditional",
     "class": "class-to-image",
     "class-null": "class-to-image",
+    "class-in-unet": "class-to-image",
     "text-bert": "text-to-image",
     "layout": "layout-to-image",
     "semantic": "semantic-to-image",
     "super-resolution": "super-resolution",
     "inpainting": "inpainting",
+    "inpainting-text": "inpainting",
     "retrieval": "embeddings-to-image",
     "stable-diffusion": "text-to-image",
 }
@@ -75,7 +78,9 @@ def run(component: Any, axes: dict[str, int]) -> tuple[dict[str, Any], Any]:
 
 
 REFERENCES: dict[str, Any] = {
-    "unet": lambda nets, inputs: nets["unet_config"](*inputs.values()),
+    "unet": lambda nets, inputs: nets["unet_config"](
+        inputs["sample"], inputs["timestep"], inputs.get("encoder_hidden_states"), inputs.get("class_labels")
+    ),
     "text_encoder": lambda nets, inputs: nets["cond_stage_config"](inputs["input_ids"]),
     "cond_encoder": lambda nets, inputs: nets["cond_stage_config"](*inputs.values()),
 }
@@ -166,6 +171,37 @@ def test_conditioning_of_each_family(tmp_path: Path) -> None:
     )
 
 
+def test_classes_that_the_unet_embeds(tmp_path: Path) -> None:
+    written = Written(tmp_path, compvis_models.DIFFUSION["class-in-unet"])
+    model = written.load()
+    assert (model.conditioning.classes, model.conditioning.null_class) == (11, 10)
+    assert set(components(model)) == {"unet", "vae_encoder", "vae_decoder"}
+    assert [spec.name for spec in components(model)["unet"].spec.inputs] == ["sample", "timestep", "class_labels"]
+    written.model["params"]["conditioning_key"] = "crossattn"
+    with pytest.raises(LatentEdgeError, match="has a label embedding, and conditioning_key is crossattn"):
+        written.load()
+
+
+def test_a_codebook_that_the_original_does_not_use(tmp_path: Path) -> None:
+    model = copy.deepcopy(compvis_models.DIFFUSION["unconditional-vq"])
+    model["params"]["first_stage_config"]["target"] = "ldm.models.autoencoder.VQModel"
+    written = Written(tmp_path, model)
+    read = written.load()
+    assert any("decoded unquantised" in message for message in read.messages)
+    first_stage = written.networks["first_stage_config"]
+    latent = torch.randn(1, 3, 4, 4)
+    with torch.no_grad():
+        found = components(read)["vae_decoder"].build()(latent)
+        assert torch.equal(found, first_stage.decoder(first_stage.post_quant_conv(latent)))
+        assert not torch.allclose(found, first_stage.decode(first_stage.quantize.nearest(latent)[0]), atol=1e-2)
+
+
+def test_layout_by_its_own_class(tmp_path: Path) -> None:
+    model = copy.deepcopy(compvis_models.DIFFUSION["layout"])
+    model["target"] = "ldm.models.diffusion.ddpm.Layout2ImgDiffusion"
+    assert Written(tmp_path, model).load().conditioning.layout == Layout(92, 30, 8192, 8191, crop=True)
+
+
 def test_inpainting_of_stable_diffusion(tmp_path: Path) -> None:
     model = compvis_models.ldm(
         compvis_models.kl(),
@@ -179,6 +215,7 @@ def test_inpainting_of_stable_diffusion(tmp_path: Path) -> None:
     read = Written(tmp_path, model).load()
     mask, masked = read.conditioning.concat
     assert read.task == "inpainting"
+    assert (read.defaults.guidance_scale, read.defaults.eta) == (7.5, 1.0)
     assert (mask.source, mask.mask_values) == ("mask", (0.0, 1.0))
     assert (masked.source, masked.scaled, masked.posterior, masked.hole_value) == (
         "masked_image_latent",
@@ -432,7 +469,9 @@ def test_a_yaml_of_another_model(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"unknown_option": 3}, "does not know unknown_option"),
-        ({"conditioning_key": "adm"}, "'adm' is not supported"),
+        ({"conditioning_key": "adm"}, "lacks a label embedding, and conditioning_key is adm"),
+        ({"conditioning_key": "cross"}, "'cross' is not supported"),
+        ({"cond_stage_forward": "get_last_layer"}, "'get_last_layer' is not supported"),
         ({"timesteps": 500}, "500 timesteps, the checkpoint's schedule 1000"),
         ({"unet_config": {"params": {}}}, "unet_config has no target"),
         ({"linear_start": "small"}, "linear_start must be of type float"),
@@ -493,8 +532,14 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     written = Written(tmp_path, compvis_models.DIFFUSION["text-bert"])
     compvis_models.write(tmp_path, written.model, written.state)
     text = (tmp_path / "config.yaml").read_text().replace("linear_start: 0.0015", "linear_start: 15e-4")
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_text(text.replace("dropout: 0.0", "dropout: 1e-1"))
     assert compvis.load(tmp_path, SourceOptions()).schedule["beta_start"] == 0.0015
+    ddconfig = read_config(tmp_path / "config.yaml").first_stage.params["ddconfig"]
+    assert ddconfig["dropout"] == 0.1
+    values = "a: '1e-4', b: -2E+3, c: 1.5e-2, d: .5e1, e: e5, f: 10, g: 1e-4"
+    (tmp_path / "numbers.yaml").write_text(f"model: {{target: ldm.models.autoencoder.VQModel, params: {{{values}}}}}")
+    read = read_config(tmp_path / "numbers.yaml").first_stage.params
+    assert read == {"a": "1e-4", "b": -2000.0, "c": 0.015, "d": 5.0, "e": "e5", "f": 10, "g": 0.0001}
 
 
 def test_files_of_a_folder(tmp_path: Path) -> None:

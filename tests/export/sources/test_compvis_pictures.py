@@ -71,11 +71,11 @@ class Drawn:
         self.noise = rng.standard_normal((2, channels, 8, 8), np.float32)
         self.rng = rng
 
-    def compare(self, denoise: Denoise, noise: Any = None, **request: Any) -> Any:
+    def compare(self, denoise: Denoise, start: Any = None, **request: Any) -> Any:
         """Draw with the runtime and with the loop above; return the runtime's result."""
-        noise = self.noise if noise is None else noise
-        expected = ddim(denoise, torch.from_numpy(noise), self.alphas)
-        result = self.pipeline.generate(latents=noise, steps=STEPS, sampler="ddim", eta=0.0, **request)
+        start = self.noise if start is None else start
+        expected = ddim(denoise, torch.from_numpy(start), self.alphas)
+        result = self.pipeline.generate(latents=start, steps=STEPS, sampler="ddim", eta=0.0, **request)
         assert float(expected.std()) > 0.1
         assert np.abs(result.latents - expected.numpy()).max() < TOLERANCE * max(1.0, float(expected.abs().max()))
         # The picture is decoded from the runtime's own latents: a codebook may turn a last bit into another codeword.
@@ -108,6 +108,15 @@ def class_alone(drawn: Drawn) -> None:
 def class_guided(drawn: Drawn) -> None:
     denoise = drawn.guided(drawn.condition(torch.tensor([7, 700])), drawn.condition(torch.tensor([1000, 1000])))
     drawn.compare(denoise, class_label=[7, 700], guidance_scale=GUIDANCE)
+
+
+def class_in_unet(drawn: Drawn) -> None:
+    def denoise(x: Any, t: Any, _: Any) -> Any:
+        without = drawn.unet(x, t, None, torch.tensor([10, 10]))
+        return without + GUIDANCE * (drawn.unet(x, t, None, torch.tensor([7, 2])) - without)
+
+    drawn.compare(denoise, class_label=[7, 2], guidance_scale=GUIDANCE)
+    drawn.compare(lambda x, t, _: drawn.unet(x, t, None, torch.tensor([3, 3])), class_label=3, guidance_scale=1.0)
 
 
 def text(drawn: Drawn) -> None:
@@ -158,6 +167,29 @@ def inpainting(drawn: Drawn) -> None:
     assert np.abs(result.array - expected.permute(0, 2, 3, 1).numpy()).mean() < 1e-4
 
 
+def inpainting_text(drawn: Drawn) -> None:
+    picture = drawn.rng.integers(0, 256, (2, 64, 64, 3), np.uint8)
+    mask = np.zeros((2, 64, 64), np.float32)
+    mask[:, 6:40, 9:50] = 1
+    hole = torch.from_numpy(mask)[:, None]
+    ids, empty = drawn.rng.integers(0, 64, (2, 77)), np.zeros((2, 77), np.int64)
+    noise = drawn.rng.standard_normal((1, 2, 4, 8, 8), np.float32)
+    masked = (torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1) * (1 - hole)
+    posterior = drawn.first_stage.encode(masked)
+    encoded = drawn.scale_factor * (posterior.mean + posterior.std * torch.from_numpy(noise[0]))
+    condition = torch.cat([torch.nn.functional.interpolate(hole, size=(8, 8)), encoded], dim=1)
+    guided = drawn.guided(drawn.condition(torch.from_numpy(ids)), drawn.condition(torch.from_numpy(empty)))
+    words = {"prompt_ids": ids, "negative_prompt_ids": empty, "guidance_scale": GUIDANCE}
+
+    def denoise(x: Any, t: Any, _: Any) -> Any:
+        return guided(torch.cat([x, condition], dim=1), t, None)
+
+    result = drawn.compare(denoise, image=picture, mask=mask, noise=noise, **words)
+    # Inpainting by text gives the whole picture as it was decoded; nothing of the original is put back.
+    decoded = drawn.first_stage.decode(torch.from_numpy(result.latents) / drawn.scale_factor)
+    assert np.abs(result.array - ((decoded + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy()).max() < 1e-3
+
+
 def retrieval(drawn: Drawn) -> None:
     embeddings = drawn.rng.standard_normal((2, 3, 16), np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
@@ -170,11 +202,13 @@ CASES: dict[str, Callable[[Drawn], None]] = {
     "unconditional-kl": unconditional,
     "class": class_alone,
     "class-null": class_guided,
+    "class-in-unet": class_in_unet,
     "text-bert": text,
     "layout": layout,
     "semantic": semantic,
     "super-resolution": super_resolution,
     "inpainting": inpainting,
+    "inpainting-text": inpainting_text,
     "retrieval": retrieval,
     "stable-diffusion": text,
 }

@@ -19,6 +19,7 @@ from latentedge.export.onnx_files import remove_model, save_model, variant_of
 from latentedge.export.onnx_from_torch import module_path, onnx_from_torch
 from latentedge.export.parity import Case, Measurement, cases_without_reference, measure, require, with_reference
 from latentedge.export.passes import cleanup
+from latentedge.export.passes.splitting import split_linear_layers
 from latentedge.export.passes.upsampling import convolve_before_doubling
 from latentedge.export.precision import half_from_onnx
 from latentedge.export.preview import fit_preview
@@ -149,6 +150,7 @@ class _ComponentExport:
         cleanup.clean_up(graph)
         parameters = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
         cleanup.name_by_module(graph, paths, parameters)
+        split_linear_layers(graph)
         convolve_before_doubling(graph)
         cleanup.strip_metadata(graph)
         cleanup.check(self.name, graph, self.target)

@@ -23,7 +23,7 @@ HUB_FILES = ("model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.j
 
 
 def matches(path: Path | str, options: SourceOptions) -> bool:
-    """Whether ``path`` is a diffusers folder with torch weights, a folder of one first stage, or a hub id."""
+    """Whether ``path`` is a diffusers folder with torch weights, a folder of one model of diffusers, or a hub id."""
     del options
     folder = Path(path)
     if folder.is_dir():
@@ -33,7 +33,7 @@ def matches(path: Path | str, options: SourceOptions) -> bool:
             exported = any((folder / name / "model.onnx").is_file() for name in ("unet", "vae_decoder"))
             return not exported or bool(weight_files(folder / "unet"))
         config = folder / "config.json"
-        return config.is_file() and read_json(config).get("_class_name") in FIRST_STAGES
+        return config.is_file() and "_class_name" in read_json(config)
     return not folder.exists() and not folder.suffix and HUB_ID.match(str(path)) is not None
 
 
@@ -54,9 +54,21 @@ def load(path: Path | str, options: SourceOptions) -> SourceModel:
 
 def _read(folder: Path, options: SourceOptions) -> SourceModel:
     if not (folder / "model_index.json").is_file():
+        part = read_json(folder / "config.json").get("_class_name")
+        if part not in FIRST_STAGES:
+            raise UsageError(
+                f"{folder} is a {part} alone, which draws nothing without the other parts of its pipeline.",
+                hint="give the folder that holds model_index.json; a first stage alone can be exported: "
+                + ", ".join(FIRST_STAGES),
+            )
         return read_first_stage(folder)
     index = read_json(folder / "model_index.json")
-    name = str(index.get("_class_name"))
+    if "_class_name" not in index:
+        raise LatentEdgeError(
+            f"{folder / 'model_index.json'} names no pipeline class.",
+            hint="copy or download the whole checkpoint folder",
+        )
+    name = str(index["_class_name"])
     if name not in PIPELINES:
         raise LatentEdgeError(
             f"{folder} is a {name}, which this export does not know.", hint=f"known are: {', '.join(sorted(PIPELINES))}"

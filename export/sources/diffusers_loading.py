@@ -46,7 +46,7 @@ def quiet() -> Iterator[None]:
     loaded = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
     bars = [module for module in loaded if module is not None and module.is_progress_bar_enabled()]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     for module in bars:
         module.disable_progress_bar()
     try:
@@ -139,6 +139,8 @@ def _weights(folder: Path, kind: str) -> tuple[tuple[Path, ...], str | None]:
 
     diffusers puts the plain variant before others, pickles included; transformers puts safetensors before pickles.
     """
+    if not folder.is_dir():
+        raise LatentEdgeError(f"{folder} is missing.", hint="copy or download the whole checkpoint folder")
     found = weight_files(folder)
     if CLASSES[kind] != "diffusers":
         found = [path for path in found if path.suffix == found[0].suffix]
@@ -186,7 +188,8 @@ def load(part: Part) -> Any:
                 hint="config.json and weights must come from the same checkpoint",
             ) from error
         raise LatentEdgeError(
-            f"{part.folder} cannot be loaded: {first_sentence(error)}.", hint="copy or download the weights again"
+            f"{part.folder} cannot be loaded: {first_sentence(error)}.",
+            hint="its config.json or its weights are damaged: copy or download both again",
         ) from error
     _check_keys(part, info)
     return model

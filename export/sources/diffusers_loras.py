@@ -14,8 +14,12 @@ from latentedge.export.sources.diffusers_loading import (
     library,
     library_class,
     load,
+    quiet,
 )
 from latentedge.runtime.errors import LatentEdgeError
+
+#: Alphas that a message lists.
+LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,13 @@ class Lora:
     def tensors(self) -> tuple[dict[str, Any], dict[str, float] | None, Any]:
         """Tensors by diffusers' names, alphas, and metadata; :class:`LatentEdgeError` when the file is no LoRA."""
         if not self.path.is_file():
-            raise LatentEdgeError(f"there is no LoRA file {self.path}.")
+            raise LatentEdgeError(f"there is no LoRA file {self.path}.", hint="`--lora FILE:WEIGHT` takes a local file")
         pipeline = library_class(self.pipeline)
         try:
-            state, alphas, metadata = pipeline.lora_state_dict(
-                str(self.path), unet_config=_Fields(self.unet_config), return_lora_metadata=True
-            )
+            with quiet():
+                state, alphas, metadata = pipeline.lora_state_dict(
+                    str(self.path), unet_config=_Fields(self.unet_config), return_lora_metadata=True
+                )
         except READING_ERRORS as error:
             raise LatentEdgeError(f"{self.path} is no LoRA that diffusers reads: {first_sentence(error)}.") from error
         return state, alphas, metadata
@@ -63,6 +68,19 @@ def lora_targets(lora: Lora, components: Sequence[str]) -> tuple[str, ...]:
     return targets
 
 
+def mixed_alphas(lora: Lora) -> str | None:
+    """A message where a LoRA's layers have different alphas, which diffusers merges with the commonest of them."""
+    _, alphas, _ = lora.tensors()
+    found = sorted({float(alpha) for alpha in (alphas or {}).values()})
+    if len(found) < 2:
+        return None
+    listed = ", ".join(f"{alpha:g}" for alpha in found[:LISTED])
+    return (
+        f"{lora.path.name} gives its layers {len(found)} alphas ({listed}): it is merged as diffusers does, "
+        "with the commonest one for all"
+    )
+
+
 def merge(model: Any, name: str, loras: Iterable[Lora]) -> None:
     """Merge every LoRA that has keys for the component ``name`` into its weights, for good."""
     for number, lora in enumerate(loras):
@@ -74,10 +92,11 @@ def merge(model: Any, name: str, loras: Iterable[Lora]) -> None:
         adapter = f"lora{number}"
         options = {"network_alphas": alphas, "adapter_name": adapter, "metadata": metadata}
         try:
-            if name == "unet":
-                pipeline.load_lora_into_unet(state, unet=model, **options)
-            else:
-                _load_into_text_encoder(model, name, state, **options)
+            with quiet():
+                if name == "unet":
+                    pipeline.load_lora_into_unet(state, unet=model, **options)
+                else:
+                    _load_into_text_encoder(model, name, state, **options)
         except READING_ERRORS as error:
             raise LatentEdgeError(
                 f"{lora.path} does not fit the {name} of this model: {first_sentence(error)}.",

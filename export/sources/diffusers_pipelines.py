@@ -41,7 +41,7 @@ from latentedge.export.sources.diffusers_loading import (
     read_json,
     read_part,
 )
-from latentedge.export.sources.diffusers_loras import Lora, lora_targets
+from latentedge.export.sources.diffusers_loras import Lora, lora_targets, mixed_alphas
 from latentedge.export.sources.tokenizers import load_tokenizer
 from latentedge.runtime.bundle import (
     Conditioning,
@@ -86,6 +86,7 @@ def describe(
     kind = _as_the_unet_needs(kind, parts.unet)
     messages: list[str] = []
     loras = _loras(options, kind, parts)
+    messages += [message for message in map(mixed_alphas, loras) if message is not None]
     scale_factor = float(parts.first_stage.config.get("scaling_factor") or 1.0) if kind.scaled else 1.0
     tokenizers = _tokenizers(parts, options, messages)
     conditioning = _conditioning(kind, parts, index, tokenizers)

@@ -424,6 +424,9 @@ def test_an_unknown_pipeline(copied: Path) -> None:
     (copied / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(LatentEdgeError, match="FluxPipeline"):
         source.load(copied, OPTIONS)
+    (copied / "model_index.json").write_text("{}")
+    with pytest.raises(LatentEdgeError, match="names no pipeline class"):
+        source.load(copied, OPTIONS)
     (copied / "model_index.json").write_text("{")
     with pytest.raises(LatentEdgeError, match="damaged"):
         source.load(copied, OPTIONS)
@@ -433,7 +436,10 @@ def test_which_paths_match(folders: dict[str, tuple[Path, Any]], tmp_path: Path)
     folder = folders["sd"][0]
     assert source.matches(str(folder), OPTIONS)
     assert source.matches(folder / "vae", OPTIONS)
-    assert not source.matches(folder / "unet", OPTIONS)
+    assert source.matches(folder / "unet", OPTIONS)
+    with pytest.raises(UsageError, match="a UNet2DConditionModel alone"):
+        source.load(folder / "unet", OPTIONS)
+    assert not source.matches(folder / "text_encoder", OPTIONS)
     assert source.matches("some-user/some-model", OPTIONS)
     assert not source.matches("folder/model.safetensors", OPTIONS)
     assert not source.matches(tmp_path, OPTIONS)

@@ -131,6 +131,42 @@ def test_merged_as_diffusers_fuses_it(name: str, texts: tuple[str, ...], kohya: 
     assert "lora.safetensors" in merged.source.files
 
 
+def test_a_convolution_and_a_negative_weight(tmp_path: Path) -> None:
+    """Against the product of the two factors itself: W + weight * alpha / rank * B A."""
+    pipeline = diffusers_models.save("sd", tmp_path / "model")
+    layers = dict(pipeline.unet.named_modules())
+    names = ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.time_emb_proj", "mid_block.attentions.0.proj_in")
+    state, expected = {}, {}
+    torch.manual_seed(2)
+    for name in names:
+        weight = layers[name].weight
+        down = torch.randn(3, *weight.shape[1:]) / 10
+        up = torch.randn(weight.shape[0], 3, *([1] * (weight.ndim - 2))) / 10
+        key = f"lora_unet_{name.replace('.', '_')}"
+        state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}
+        expected[name] = weight - 0.5 * 2.0 / 3 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    save_file(state, tmp_path / "kohya.safetensors")
+    model = source.load(tmp_path / "model", SourceOptions(loras=((tmp_path / "kohya.safetensors", -0.5),)))
+    assert not any("alphas" in message for message in model.messages)
+    part = next(entry for entry in model.components if entry.spec.name == "unet")
+    assert part.build is not None
+    merged = dict(part.build().unet.named_modules())
+    for name in names:
+        found = getattr(merged[name], "downsampling", merged[name]).weight
+        assert (found - layers[name].weight).abs().max() > 1e-2
+        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_different_alphas_are_said(tmp_path: Path) -> None:
+    kind = type(diffusers_models.save("sd", tmp_path / "model"))
+    lora = kohya_named(write_lora(kind, kind.from_pretrained(tmp_path / "model"), tmp_path / "lora", ()))
+    state = load_file(lora)
+    key = next(name for name in state if name.endswith(".alpha"))
+    save_file({**state, key: torch.tensor(4.0)}, lora)
+    messages = source.load(tmp_path / "model", SourceOptions(loras=((lora, 1.0),))).messages
+    assert any("2 alphas (4, 8)" in message for message in messages)
+
+
 def test_two_loras_add_up(tmp_path: Path) -> None:
     kind = type(diffusers_models.save("sd", tmp_path / "model"))
     paths = [
@@ -156,7 +192,7 @@ def _wide_pipeline() -> Any:
     return pipeline
 
 
-def test_loras_that_do_not_fit(tmp_path: Path) -> None:
+def test_loras_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kind = type(diffusers_models.save("sd", tmp_path / "sd"))
     diffusers_models.save("ldm-uncond", tmp_path / "ldm")
     lora = write_lora(kind, kind.from_pretrained(tmp_path / "sd"), tmp_path / "lora", ())
@@ -169,8 +205,10 @@ def test_loras_that_do_not_fit(tmp_path: Path) -> None:
     wide = write_lora(StableDiffusionPipeline, _wide_pipeline(), tmp_path / "wide", ())
     part = next(entry for entry in load("sd", wide).components if entry.spec.name == "unet")
     assert part.build is not None
+    capsys.readouterr()
     with pytest.raises(LatentEdgeError, match="does not fit the unet"):
         part.build()
+    assert capsys.readouterr() == ("", ""), "the libraries' own words come before ours"
     with pytest.raises(LatentEdgeError, match="merges no LoRA"):
         load("ldm", lora)
     with pytest.raises(LatentEdgeError, match=r"no LoRA that diffusers reads|changes none of"):

@@ -35,6 +35,7 @@ SCRIPT_DEFAULTS: dict[str, tuple[int, float, float]] = {
     "super-resolution": (100, 1.0, 1.0),
     "inpainting": (50, 1.0, 0.0),
     "embeddings-to-image": (50, 5.0, 0.0),
+    "instruct-pix2pix": (100, 7.5, 0.0),  # edit_cli.py of timothybrooks/instruct-pix2pix
 }
 #: The same for class models that may know no "no class" (the README's row for ImageNet).
 UNGUIDED_CLASSES = (200, 1.0, 1.0)
@@ -230,7 +231,7 @@ def _defaults(task: Task, situation: Situation) -> Defaults:
     steps, guidance, eta = SCRIPT_DEFAULTS[task.name]
     if situation.target.endswith("CLIPEmbedder"):
         guidance = CLIP_GUIDANCE
-    if situation.config.conditioning == "hybrid":
+    if situation.config.conditioning == "hybrid" and task.name == "inpainting":
         guidance, eta = TEXT_INPAINTING
     if task.name == "class-to-image" and task.conditioning.classes != IMAGENET_AND_NONE:
         steps, guidance, eta = UNGUIDED_CLASSES

@@ -7,7 +7,7 @@ The rules are those of CompVis/latent-diffusion: ``conditioning_key`` says where
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from latentedge.export.model import ComponentSource, TokenizerSource
@@ -277,6 +277,20 @@ def _segmentation(situation: Situation) -> Task:
     return Task("semantic-to-image", conditioning, (component,))
 
 
+def _text_and_picture(situation: Situation) -> Task:
+    """Stable Diffusion with a picture beside its latent: as many channels are a picture to edit, one more an inpainting."""
+    edits = situation.extra_channels == situation.latent.channels
+    return _text_and_edited_image(situation) if edits else _text_and_masked_image(situation)
+
+
+def _text_and_edited_image(situation: Situation) -> Task:
+    """InstructPix2Pix (Brooks et al. 2023): the picture's mode, not scaled; guided by text and picture apart."""
+    text = CROSS_ATTENTION[situation.target](situation)
+    concat = (ConcatInput("image_latent", situation.latent.channels, scaled=False, posterior="mode"),)
+    conditioning = replace(text.conditioning, concat=concat, image_guidance=True)
+    return replace(text, name="instruct-pix2pix", conditioning=conditioning)
+
+
 def _text_and_masked_image(situation: Situation) -> Task:
     """Stable Diffusion's inpainting: mask as 0 and 1, then the masked picture (grey hole), sampled and scaled."""
     channels = situation.latent.channels
@@ -308,6 +322,6 @@ CONCAT: dict[str, Maker] = {
     "SpatialRescaler": _segmentation,
 }
 HYBRID: dict[str, Maker] = dict.fromkeys(
-    ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder"), _text_and_masked_image
+    ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder"), _text_and_picture
 )
 ADM: dict[str, Maker] = {IDENTITY.rsplit(".", 1)[-1]: _labels}

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentedge.export.sources.compvis import CHECKPOINT_SUFFIXES
+from latentedge.export.sources.diffusers_kinds import PIX2PIX, SD, SD_INPAINTING
+from latentedge.runtime.bundle import Defaults
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +65,14 @@ SCHEDULE: dict[str, object] = {
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
 }
+#: That of InstructPix2Pix's folder.
+EDITING_SCHEDULE: dict[str, object] = {
+    **SCALED_LINEAR,
+    "_class_name": "EulerAncestralDiscreteScheduler",
+    "timestep_spacing": "linspace",
+}
+#: What diffusers' pipeline of each task does by default.
+PIPELINE_OF_TASK = {kind.task: kind for kind in (SD, SD_INPAINTING, PIX2PIX)}
 
 
 def matches(path: Path | str, options: SourceOptions) -> bool:
@@ -94,12 +104,14 @@ def load(path: Path | str, options: SourceOptions) -> SourceModel:
     conditioning = dataclasses.replace(model.conditioning, guidance_below_one=False)
     prediction = "epsilon" if len(VERSIONS[version]["side"]) == 1 else measured_prediction(model)
     side = VERSIONS[version]["side"][prediction] * model.latent.downscale
-    defaults = dataclasses.replace(model.defaults, sampler=None, height=side, width=side)
+    kind = PIPELINE_OF_TASK[model.task]
+    defaults = Defaults(side, side, steps=kind.steps, guidance_scale=kind.guidance_scale, strength=kind.strength)
+    own_schedule = EDITING_SCHEDULE if model.task == PIX2PIX.task else SCHEDULE
     return dataclasses.replace(
         model,
         family="stable-diffusion",
         source=source,
-        schedule={**SCHEDULE, "prediction_type": prediction},
+        schedule={**own_schedule, "prediction_type": prediction},
         conditioning=conditioning,
         defaults=defaults,
         messages=(*model.messages, f"{checkpoint.path.name} has no YAML and is read as {version}"),
@@ -169,12 +181,14 @@ def config_of(checkpoint: Checkpoint, version: str) -> Any:
             f"{checkpoint.path.name} lacks the tensor {error}, which every {version} has.",
             hint="the file is incomplete: compare its size and SHA-256 with its origin.",
         ) from error
-    inpainting = unet["in_channels"] == 2 * first_stage["embed_dim"] + 1
+    latent_channels = first_stage["embed_dim"]
+    inpainting = unet["in_channels"] == 2 * latent_channels + 1
+    edits = unet["in_channels"] == 2 * latent_channels
     kind = "LatentInpaintDiffusion" if inpainting else "LatentDiffusion"
     params = {
         **DIFFUSION,
-        "channels": first_stage["embed_dim"],
-        "conditioning_key": "hybrid" if inpainting else "crossattn",
+        "channels": latent_channels,
+        "conditioning_key": "hybrid" if inpainting or edits else "crossattn",
         "unet_config": {
             "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
             "params": {**unet, **facts["heads"]},

@@ -99,6 +99,24 @@ def test_inpainting_is_told_by_its_channels(tmp_path: Path) -> None:
     model = single_file.load(file, SourceOptions())
     assert model.task == "inpainting"
     assert [entry.source for entry in model.conditioning.concat] == ["mask", "masked_image_latent"]
+    assert (model.defaults.steps, model.defaults.guidance_scale, model.defaults.strength) == (50, 7.5, 1.0)
+
+
+@torch.no_grad()
+def test_editing_is_told_by_its_channels(tmp_path: Path) -> None:
+    """InstructPix2Pix: the picture's latent beside the model's own, and what its diffusers folder has by default."""
+    file, networks = write(tmp_path, stable_diffusion(inputs=8))
+    model = single_file.load(file, SourceOptions())
+    assert model.task == "instruct-pix2pix"
+    (entry,) = model.conditioning.concat
+    assert (entry.source, entry.channels, entry.scaled, entry.posterior) == ("image_latent", 4, False, "mode")
+    assert model.conditioning.image_guidance
+    assert model.conditioning.unconditional == "empty_text"
+    assert model.schedule["_class_name"] == "EulerAncestralDiscreteScheduler"
+    assert (model.defaults.steps, model.defaults.guidance_scale) == (100, 7.5)
+    parts = {component.spec.name: component for component in model.components}
+    inputs = (torch.randn(2, 8, 8, 12), torch.tensor([3.0, 900.5]), torch.randn(2, 77, 24))
+    assert torch.equal(parts["unet"].build()(*inputs), networks["unet_config"](*inputs))
 
 
 @torch.no_grad()

@@ -32,6 +32,9 @@ IDENTITY = (
     "height",
     "width",
     "interval",
+    "full",
+    "guidance_interval",
+    "steps",
 )
 
 

@@ -1,6 +1,7 @@
-"""What less memory costs in time, and what step caching costs in quality: measured, for ``generate`` to choose from.
+"""What less memory costs in time, and what computing less in some steps costs in quality, measured.
 
-``latentedge bench --memory`` and ``latentedge bench --step-caching``; with ``--record`` the manifest keeps the result.
+``latentedge bench --memory`` and ``latentedge bench --step-caching``; with ``--record`` the manifest keeps the result,
+for ``generate`` to choose from.
 """
 
 from __future__ import annotations
@@ -22,9 +23,20 @@ from latentedge.runtime.engines.hoisted import DENOISER, SHALLOW, part_name
 from latentedge.runtime.errors import EngineError, LatentEdgeError, UsageError
 from latentedge.runtime.machine import machine_fingerprint
 from latentedge.runtime.selection import library_version
+from latentedge.runtime.tradeoffs import describe_reuse
 
 #: Intervals that step caching is measured with.
 INTERVALS = (2, 3, 4, 5)
+
+#: Full steps that lie closer at the beginning (above 1) or at the end (below 1): the k-th of n of them is at the share
+#: ``(k / n) ** power`` of the steps (DeepCache, arXiv 2312.00858, spaces its full steps unevenly as well).
+POWERS = (0.6, 1.6)
+
+#: Shares of the steps, counted from the last, that are computed without guidance (arXiv 2404.07724).
+UNGUIDED = (0.25, 0.5)
+
+#: An end of guidance's interval that lies above every sigma.
+HIGHEST_SIGMA = 1e9
 
 Setting = tuple[str, str]
 Notify = Callable[[str], None]
@@ -81,7 +93,7 @@ def measure_step_caching(
     rounds: int,
     notify: Notify,
 ) -> list[dict[str, Any]]:
-    """Speed and quality of each interval against the same setting without step caching.
+    """Speed and quality of each way to compute less in some steps, against the same setting with every step in full.
 
     Speed is that of whole pictures in turns; quality the PSNR of pictures of the same noise, mean and worst.
     :class:`UsageError` where the bundle has no graphs for it.
@@ -91,6 +103,7 @@ def measure_step_caching(
             f"{bundle.path} has no graphs for step caching.",
             hint=f"latentedge build {bundle.path} --backend {settings[0][0]} --plan step-caching",
         )
+    steps = int(request.get("steps", bundle.manifest.defaults.steps))
     rows = []
     for backend, precision in settings:
         with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
@@ -101,20 +114,54 @@ def measure_step_caching(
                 notify(f"{backend} {precision} was not measured: {error.message}")
                 continue
             reference = _pictures(plain, Path(folder))
-            for interval in INTERVALS:
-                with MeasuredProcess(f"{backend} {precision} interval {interval}") as cached:
-                    _load(cached, bundle, backend, precision, request, {**options, "cache_interval": interval})
+            for way in (*ways(steps), *_unguided(plain, bundle)):
+                asked, engine = _as_asked(way, request, options)
+                with MeasuredProcess(f"{backend} {precision}, {describe_reuse({**way, 'steps': steps})}") as cached:
+                    _load(cached, bundle, backend, precision, asked, engine)
                     values = [psnr_db(*pair) for pair in zip(reference, _pictures(cached, Path(folder)), strict=True)]
                     seconds = _in_turns(plain, cached, rounds)
                 ratio = compare_rounds(*seconds)
                 rows.append(
-                    {"backend": backend, "precision": precision, "interval": interval, "ratio": ratio.ratio,
+                    {"backend": backend, "precision": precision, **way, "steps": steps, "ratio": ratio.ratio,
                      "ratio_low": ratio.low, "ratio_high": ratio.high, "seconds": Times.of(seconds[1]).p50,
                      "psnr_db": float(np.mean(values)), "psnr_worst_db": float(np.min(values)),
                      "pictures": len(values), "rounds": rounds}
                 )  # fmt: skip
                 notify(describe_step_caching(rows[-1]))
     return rows
+
+
+def ways(steps: int) -> list[dict[str, Any]]:
+    """Ways to leave the deep blocks out of some of ``steps`` evaluations: intervals, and uneven lists of full steps."""
+    found: list[dict[str, Any]] = [{"interval": interval} for interval in INTERVALS if interval <= steps]
+    seen = {tuple(range(0, steps, interval)) for interval in (1, *INTERVALS)}
+    for interval in INTERVALS:
+        count = len(range(0, steps, interval))
+        for power in POWERS:
+            full = tuple(sorted({round(steps * (index / count) ** power) for index in range(count)}))
+            if len(full) == count and full[-1] < steps and full not in seen:
+                seen.add(full)
+                found.append({"full": list(full)})
+    return found
+
+
+def _unguided(process: MeasuredProcess, bundle: Bundle) -> list[dict[str, Any]]:
+    """Intervals of sigmas with guidance that leave the last steps without it; none for a model without guidance."""
+    sigmas = process.ask("sigmas")["sigmas"]
+    distilled = bundle.manifest.conditioning.guidance_embedding is not None
+    if distilled or bundle.manifest.defaults.guidance_scale in (None, 0, 1):
+        return []
+    lows = [sigmas[-1 - int(share * len(sigmas))] for share in UNGUIDED if int(share * len(sigmas))]
+    return [{"guidance_interval": [low, HIGHEST_SIGMA]} for low in dict.fromkeys(lows)]
+
+
+def _as_asked(
+    way: Mapping[str, Any], request: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of ``generate`` and the engine options that a way to compute less means."""
+    engine = {"cache_interval": way.get("interval", 1), "cache_full": way.get("full", [])}
+    guidance = {name: value for name, value in way.items() if name == "guidance_interval"}
+    return {**request, **guidance}, {**options, **engine}
 
 
 def keep(bundle: Bundle, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -135,9 +182,9 @@ def describe_memory(row: Mapping[str, Any]) -> str:
 
 
 def describe_step_caching(row: Mapping[str, Any]) -> str:
-    """One line about an interval."""
+    """One line about a way to compute less."""
     return (
-        f"{row['backend']} {row['precision']}, interval {row['interval']}: {row['ratio']:.2f} times as fast "
+        f"{row['backend']} {row['precision']}, {describe_reuse(row)}: {row['ratio']:.2f} times as fast "
         f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f}), {row['psnr_worst_db']:.1f} dB PSNR at worst"
     )
 

@@ -26,7 +26,10 @@ PROMPT = "a photograph of a red apple on a wooden table"
 
 
 class Worker:
-    """Answers ``load``, ``picture``, ``component``, ``memory`` and ``close``; settings come with ``load``."""
+    """Answers ``load``, ``picture``, ``save_picture``, ``sigmas``, ``component``, ``memory`` and ``close``.
+
+    Settings come with ``load``.
+    """
 
     def __init__(self) -> None:
         self._pipe: Pipeline | None = None
@@ -41,6 +44,7 @@ class Worker:
             "component": self.component,
             "memory": self.memory,
             "save_picture": self.save_picture,
+            "sigmas": self.sigmas,
         }
         return actions[name](**message)
 
@@ -96,6 +100,15 @@ class Worker:
         """Draw a picture, with another seed where one is given, and save its array, float32 [N, H, W, 3], to ``path``."""
         np.save(path, self._draw(self._loaded(), seed).array)
         return {"path": path}
+
+    def sigmas(self) -> dict[str, Any]:
+        """The sigma of each evaluation of a picture, in order; none where the bundle does not sample."""
+        pipe = self._loaded()
+        if not pipe.bundle.schedule:
+            return {"sigmas": []}
+        request = dict(self._request)
+        prompt = request.pop("prompt", None)
+        return {"sigmas": [float(step.sigma) for step in pipe.steps(prompt, **_arrays(request))]}
 
     def component(self, name: str, runs: int) -> dict[str, Any]:
         """Seconds of ``runs`` runs of one component on the shapes of the last picture, inputs written anew each time."""

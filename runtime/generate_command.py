@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -87,6 +88,30 @@ def guidance_from(text: str) -> dict[str, Any]:
     return found
 
 
+def caching_from(text: str | int | None) -> dict[str, Any]:
+    """``"3"`` (every third step in full) or ``"0,2,5,9"`` (these, counted from 0) as engine options."""
+    try:
+        numbers = tuple(int(part) for part in ("1" if text is None else str(text)).split(","))
+    except ValueError:
+        numbers = (0,)
+    ordered = numbers[0] == 0 and all(low < high for low, high in itertools.pairwise(numbers))
+    if len(numbers) == 1 and numbers[0] > 0:
+        return {"cache_interval": numbers[0]}
+    if len(numbers) == 1 or not ordered:
+        raise UsageError(
+            f"--cache-interval takes 3, or steps from 0 on in rising order such as 0,2,5,9, found {text!r}."
+        )
+    return {"cache_full": numbers}
+
+
+def _caching_of(options: Any) -> dict[str, str]:
+    """The same as it is recorded with a picture; nothing where every step is in full."""
+    if not options.caching:
+        return {}
+    full = options.cache_full or (options.cache_interval,)
+    return {"cache_interval": ",".join(str(number) for number in full)}
+
+
 def _interval(text: str) -> list[float]:
     low, high = (float(part) for part in text.split("-"))
     return [low, high]
@@ -147,7 +172,7 @@ def check_files(*paths: Path | None) -> None:
 @click.option("--precision", default="auto", show_default=True, help="fp32, fp16, bf16 or int8.")
 @click.option("--low-memory", is_flag=True, help="Load one network at a time; guidance in two runs.")
 @click.option(
-    "--cache-interval", type=click.IntRange(1), default=1, help="Compute deep blocks in every n-th step (step caching)."
+    "--cache-interval", metavar="N|LIST", help="Compute deep blocks in every n-th step (step caching), or in 0,2,5,9."
 )
 @click.option("--memory-limit", metavar="SIZE", help="Choose what was measured to fit, say 2GiB; tells what it costs.")
 @click.option("--auto-quality", metavar="DB", type=float, help="Choose step caching measured at this PSNR or better.")
@@ -165,7 +190,7 @@ def generate(
     backend: str,
     precision: str,
     low_memory: bool,
-    cache_interval: int,
+    cache_interval: str | None,
     memory_limit: str | None,
     auto_quality: float | None,
     as_json: bool,
@@ -192,7 +217,7 @@ def generate(
         recorded = request_of(replay)
         backend = recorded.pop("backend", backend) if backend == "auto" else backend
         precision = recorded.pop("precision", precision) if precision == "auto" else precision
-        cache_interval = recorded.pop("cache_interval", 1)
+        cache_interval = recorded.pop("cache_interval", None)
         requests = [_replayed(recorded, options)]
     else:
         requests = _requests(prompt, prompts, seed, options)
@@ -200,7 +225,7 @@ def generate(
     (backend, precision), engine_options = settle(
         bundle,
         (backend, precision),
-        EngineOptions(low_memory=low_memory, cache_interval=cache_interval),
+        EngineOptions(low_memory=low_memory, **caching_from(cache_interval)),
         wishes,
         requests,
         lambda line: click.echo(line, err=True),
@@ -287,8 +312,7 @@ def _resolved(pipeline: Any, request: dict[str, Any], result: Any) -> dict[str, 
     used = {"steps": defaults.steps, "sampler": defaults.sampler, "guidance_scale": defaults.guidance_scale}
     recorded = {name: value for name, value in used.items() if value is not None}
     recorded |= {name: request[name] for name in ("prompt", *REPLAYED) if name in request}
-    interval = {"cache_interval": pipeline.options.cache_interval} if pipeline.options.cache_interval > 1 else {}
-    engine = {"backend": pipeline.backend, "precision": pipeline.precision, **interval}
+    engine = {"backend": pipeline.backend, "precision": pipeline.precision, **_caching_of(pipeline.options)}
     return {**recorded, "seed": result.seed, **engine}
 
 

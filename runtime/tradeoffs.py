@@ -1,7 +1,7 @@
 """What ``generate`` gives up for memory or for speed, chosen from what ``latentedge bench --record`` measured here.
 
 The manifest's records (``docs/bundle.md``): ``memory`` holds the peak of a process that drew one picture with one
-combination of settings, ``step-caching`` the speed and quality of one interval.
+combination of settings, ``step-caching`` the speed and quality of one way to compute less in some steps.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the caller asks for: at most so many bytes, and the worst PSNR in dB that step caching may cost."""
+    """What the caller asks for: at most so many bytes, and the worst PSNR in dB that computing less in some steps may cost."""
 
     memory_limit: int | None = None
     auto_quality: float | None = None
@@ -76,13 +76,21 @@ def settle(
         for request in requests:
             request.update({} if found.tile is None else {"tile": found.tile})
     if wishes.auto_quality is not None:
-        if options.cache_interval > 1:
-            raise UsageError("--auto-quality chooses the interval of step caching itself; leave --cache-interval out.")
+        if options.caching or any("guidance_interval" in request for request in requests):
+            raise UsageError(
+                "--auto-quality chooses step caching and the interval of guidance itself; leave --cache-interval and "
+                "guidance's interval out."
+            )
         chosen = choose(bundle, *setting)
         setting = chosen.backend, chosen.precision
-        interval, reason = cache_interval(bundle, *setting, wishes.auto_quality)
+        found_reuse, reason = reuse(bundle, *setting, wishes.auto_quality, requests)
         notify(f"step caching: {reason}")
-        options = dataclasses.replace(options, cache_interval=interval)
+        options = dataclasses.replace(
+            options, cache_interval=found_reuse.get("interval") or 1, cache_full=tuple(found_reuse.get("full") or ())
+        )
+        for request in requests:
+            interval = found_reuse.get("guidance_interval")
+            request.update({} if interval is None else {"guidance_interval": interval})
     return setting, options
 
 
@@ -151,30 +159,63 @@ def fitting(bundle: Bundle, backend: str, precision: str, limit: int, size: tupl
     return Combination(best["backend"], best["precision"], best["low_memory"], best["tile"], f"measured here: {reason}")
 
 
-def cache_interval(bundle: Bundle, backend: str, precision: str, floor_db: float) -> tuple[int, str]:
-    """The fastest interval of step caching whose worst picture was measured at ``floor_db`` or better, and why.
+def reuse(
+    bundle: Bundle, backend: str, precision: str, floor_db: float, requests: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], str]:
+    """The fastest measured way to compute less in some steps whose worst picture is at ``floor_db`` or better, and why.
 
-    1, which is none, where no interval is faster and good enough; :class:`UsageError` where none was measured here.
+    A record of step caching, with ``interval`` or ``full``, or of guidance in a part of the steps, with
+    ``guidance_interval``; an empty one where none is faster and good enough. :class:`UsageError` where none was
+    measured here for what ``requests`` ask for.
     """
-    found = _records(bundle, "step-caching", backend, precision)
+    steps = {int(request.get("steps") or bundle.manifest.defaults.steps) for request in requests}
+    samplers = {request.get("sampler") for request in requests}
+    scales = {request.get("guidance_scale") for request in requests}
+    found = [
+        record
+        for record in _records(bundle, "step-caching", backend, precision)
+        if _holds_for(record, steps)
+        and samplers == {record.get("sampler")}
+        and scales <= {record.get("guidance_scale")}
+    ]
     if not found:
+        asked = "" if samplers == {None} and scales == {None} else " and this sampler and guidance"
         raise UsageError(
-            f"step caching was not measured on this machine with {backend} in {precision}.",
-            hint=f"latentedge build {bundle.path} --backend {backend} --plan step-caching, and then "
-            f"latentedge bench {bundle.path} --backend {backend} --precision {precision} --step-caching --record",
+            f"step caching was not measured on this machine with {backend} in {precision} for "
+            f"{' and '.join(str(number) for number in sorted(steps))} steps{asked}.",
+            hint=f"latentedge build {bundle.path} --backend {backend} --plan step-caching, and then latentedge bench "
+            f"{bundle.path} --backend {backend} --precision {precision} --steps {min(steps)} --step-caching --record",
         )
     good = [record for record in found if record["psnr_worst_db"] >= floor_db and record["ratio_low"] > 1]
     if not good:
         best = max(found, key=lambda record: float(record["psnr_worst_db"]))
-        return 1, (
-            f"no interval is faster and at {floor_db:g} dB or better; the best of {len(found)} measured is "
-            f"{best['interval']} with {best['psnr_worst_db']:.1f} dB"
+        return {}, (
+            f"nothing is faster and at {floor_db:g} dB or better; the best of {len(found)} measured is "
+            f"{describe_reuse(best)} with {best['psnr_worst_db']:.1f} dB"
         )
     chosen = max(good, key=lambda record: float(record["ratio"]))
-    return chosen["interval"], (
-        f"interval {chosen['interval']}, measured here: {chosen['ratio']:.2f} times as fast, "
+    return chosen, (
+        f"{describe_reuse(chosen)}, measured here: {chosen['ratio']:.2f} times as fast, "
         f"{chosen['psnr_worst_db']:.1f} dB PSNR at worst against every step in full"
     )
+
+
+def _holds_for(record: Mapping[str, Any], steps: set[int]) -> bool:
+    """Whether a record tells of pictures of ``steps``: of the same number, or of fewer, which lie further apart.
+
+    A list of full steps is one for its own number of steps.
+    """
+    measured = record.get("steps", 0)
+    return measured > 0 and (steps == {measured} if record.get("full") else min(steps) >= measured)
+
+
+def describe_reuse(record: Mapping[str, Any]) -> str:
+    """In words, what a record of step caching or of guidance leaves out."""
+    if record.get("full"):
+        return f"steps {', '.join(str(index) for index in record['full'])} of {record['steps']} in full"
+    if record.get("guidance_interval"):
+        return f"guidance at sigmas from {record['guidance_interval'][0]:.3g} on"
+    return f"one step of {record['interval']} in full"
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -31,8 +31,15 @@ class EngineOptions:
     hoisting: bool = True
     #: Compute a denoiser's deep blocks in every n-th evaluation only (step caching, ``docs/speed.md``); 1: in each.
     cache_interval: int = 1
+    #: Evaluations of a picture, counted from 0, that compute the deep blocks, in place of an interval.
+    cache_full: tuple[int, ...] = ()
     #: Further backend-specific settings, by that backend's own names.
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def caching(self) -> bool:
+        """Whether a denoiser's deep blocks are left out of some evaluations."""
+        return self.cache_interval > 1 or bool(self.cache_full)
 
 
 class Engine(ABC):

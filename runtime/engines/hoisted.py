@@ -52,22 +52,21 @@ def open_parts(
         return None
     step = found.pop(PARTS[-1])
     engines = {part: opener(bundle, spec, "fp32", options) for part, spec in found.items()}
-    if options.cache_interval > 1:
+    if options.caching:
         full, shallow = (components.get(part_name(component.name, part)) for part in (FULL, SHALLOW))
         if full is None or shallow is None or graph_precision(precision) not in shallow.variants:
             _refuse_caching(bundle, precision, options)
         else:
             whole = opener(bundle, full, precision, options)
-            engines[PARTS[-1]] = CachedStepEngine(
-                step, precision, whole, opener(bundle, shallow, precision, options), options.cache_interval
-            )
+            reduced = opener(bundle, shallow, precision, options)
+            engines[PARTS[-1]] = CachedStepEngine(step, precision, whole, reduced, options)
     else:
         engines[PARTS[-1]] = opener(bundle, step, precision, options)
     return HoistedEngine(component, precision, engines)
 
 
 def _refuse_caching(bundle: Bundle, precision: str, options: EngineOptions) -> None:
-    if options.cache_interval > 1:
+    if options.caching:
         raise UsageError(
             f"step caching was asked for, and {bundle.path} has no full and shallow denoiser in {precision}.",
             hint="write them with `latentedge build BUNDLE --backend openvino --plan step-caching`",
@@ -75,25 +74,27 @@ def _refuse_caching(bundle: Bundle, precision: str, options: EngineOptions) -> N
 
 
 class CachedStepEngine(Engine):
-    """The step of a denoiser whose deep blocks are computed in every ``interval``-th evaluation only.
+    """The step of a denoiser whose deep blocks are computed in some evaluations only, as ``options`` say.
 
     ``full`` gives beside the step's output the tensor that its deep blocks pass up; ``shallow`` takes it as an input.
     """
 
-    def __init__(self, component: Component, precision: str, full: Engine, shallow: Engine, interval: int) -> None:
+    def __init__(
+        self, component: Component, precision: str, full: Engine, shallow: Engine, options: EngineOptions
+    ) -> None:
         super().__init__(component, precision)
         self.backend = full.backend
-        self.interval = interval
+        self._interval, self._scheduled = options.cache_interval, frozenset(options.cache_full)
         self._full, self._shallow, self._last = full, shallow, full
         self._kept = {spec.name for spec in shallow.component.inputs}
         own = {spec.name for spec in component.outputs}
         self._deep = next(spec.name for spec in full.component.outputs if spec.name not in own)
-        #: Evaluations since the deep blocks were computed; ``None``: they were not, for this picture.
-        self._age: int | None = None
+        #: Evaluations of this picture so far.
+        self._index = 0
 
     def restart(self) -> None:
         """A new picture begins: the next evaluation is a full one."""
-        self._age = None
+        self._index = 0
 
     def _bind(self) -> None:
         self._full.bind(**self.axes)
@@ -106,13 +107,20 @@ class CachedStepEngine(Engine):
             self._shallow.write(spec.name, array)
 
     def _run(self) -> None:
-        if self._age is None or self._age + 1 >= self.interval:
+        if self._is_full(self._index):
             self._full.run()
             self._shallow.write(self._deep, self._full.read(self._deep))
-            self._age, self._last = 0, self._full
+            self._last = self._full
         else:
             self._shallow.run()
-            self._age, self._last = self._age + 1, self._shallow
+            self._last = self._shallow
+        self._index += 1
+
+    def _is_full(self, index: int) -> bool:
+        """Whether an evaluation, counted from a picture's first, computes the deep blocks; the first one always does."""
+        if self._scheduled:
+            return index == 0 or index in self._scheduled
+        return index % self._interval == 0
 
     def _read(self, spec: TensorSpec) -> Array:
         return self._last.read(spec.name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from latentedge.benchmarks import tradeoffs
-from latentedge.benchmarks.tradeoffs import keep, ladder, measure_memory, measure_step_caching
+from latentedge.benchmarks.tradeoffs import keep, ladder, measure_memory, measure_step_caching, ways
 from latentedge.runtime.bundle import Axis, Bundle, Component, Variant
 from latentedge.runtime.engines.hoisted import SHALLOW, part_name
 from latentedge.runtime.errors import EngineError, UsageError
@@ -32,6 +35,8 @@ class FakeProcess:
             return {"first_picture_seconds": 2.0 if self.options.get("low_memory") else 1.0}
         if do == "memory":
             return {"peak_rss": 100 - 40 * self.options["low_memory"] - self.request.get("tile", 0) // 8}
+        if do == "sigmas":
+            return {"sigmas": [8.0, 4.0, 2.0, 1.0]}
         interval = self.options.get("cache_interval", 1)
         if do == "save_picture":
             picture = np.full((1, 4, 4, 3), 0.5 + 0.01 * (interval - 1), np.float32)
@@ -77,12 +82,43 @@ def test_every_combination_is_measured_and_a_missing_precision_is_said(bundle: B
 
 
 def test_intervals_are_measured_against_every_step_in_full(bundle: Bundle) -> None:
-    rows = measure_step_caching(bundle, [("onnxruntime", "fp32")], {}, {}, 3, lambda line: None)
+    found = measure_step_caching(bundle, [("onnxruntime", "fp32")], {"steps": 12}, {}, 3, lambda line: None)
+    assert {row["steps"] for row in found} == {12}
+    rows = [row for row in found if "interval" in row]
     assert [row["interval"] for row in rows] == list(tradeoffs.INTERVALS)
     assert [row["ratio"] for row in rows] == pytest.approx(list(tradeoffs.INTERVALS))
     # A difference of 0.01 everywhere is 40 dB.
     assert rows[0]["psnr_worst_db"] == pytest.approx(40, abs=0.01)
     assert rows[1]["psnr_worst_db"] == pytest.approx(40 - 20 * np.log10(2), abs=0.01)
+
+
+@given(steps=st.integers(1, 100))
+def test_lists_of_full_steps_begin_with_the_first_and_are_as_many_as_an_interval_computes(steps: int) -> None:
+    counts = {len(range(0, steps, interval)) for interval in tradeoffs.INTERVALS}
+    lists = [way["full"] for way in ways(steps) if "full" in way]
+    uniform = [list(range(0, steps, interval)) for interval in tradeoffs.INTERVALS]
+    assert len({tuple(full) for full in lists}) == len(lists)
+    for full in lists:
+        assert full[0] == 0
+        assert full == sorted(set(full))
+        assert full[-1] < steps
+        assert len(full) in counts
+        assert full not in uniform
+
+
+def test_full_steps_crowd_at_either_end() -> None:
+    lists = [way["full"] for way in ways(20) if "full" in way and len(way["full"]) == 4]
+    assert lists == [[0, 9, 13, 17], [0, 2, 7, 13]]
+
+
+@pytest.mark.parametrize(("scale", "lows"), [(7.5, [2.0, 4.0]), (1.0, []), (None, [])])
+def test_guidance_is_left_out_of_the_last_steps(bundle: Bundle, scale: float | None, lows: list[float]) -> None:
+    defaults = dataclasses.replace(bundle.manifest.defaults, guidance_scale=scale)
+    guided = Bundle(bundle.path, dataclasses.replace(bundle.manifest, defaults=defaults))
+    rows = measure_step_caching(guided, [("onnxruntime", "fp32")], {}, {}, 3, lambda line: None)
+    found = [row["guidance_interval"] for row in rows if "guidance_interval" in row]
+    # Of the sigmas 8, 4, 2, 1 a quarter is the last one, a half the last two.
+    assert found == [[low, tradeoffs.HIGHEST_SIGMA] for low in lows]
 
 
 def test_without_its_graphs_step_caching_is_an_error(bundle: Bundle) -> None:
@@ -102,5 +138,6 @@ def test_a_newer_record_replaces_only_its_own(bundle: Bundle, monkeypatch: pytes
     keep(bundle, "step-caching", rows)
     keep(bundle, "step-caching", [{**rows[0], "ratio": 9.0}, {**rows[0], "backend": "onnxruntime:threads=1"}])
     records = written[-1].component("unet").variants["fp32"].measured
-    assert sorted(record["interval"] for record in records) == list(tradeoffs.INTERVALS)
-    assert [record["ratio"] for record in records if record["interval"] == 2] == [9.0]
+    assert len(records) == len(rows)
+    assert sorted(record["interval"] for record in records if "interval" in record) == list(tradeoffs.INTERVALS)
+    assert [record["ratio"] for record in records if record.get("interval") == 2] == [9.0]

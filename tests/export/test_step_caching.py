@@ -53,6 +53,24 @@ def test_the_cut_graphs_are_declared_and_compared(bundle: Path) -> None:
             assert file_sha256(bundle / variant.path) == variant.sha256
 
 
+def test_a_list_of_full_steps_is_followed_and_begins_anew_with_each_picture(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    plain = open_engine(opened, "unet", "onnxruntime", "fp32", EngineOptions(threads=1))
+    cached = open_engine(opened, "unet", "onnxruntime", "fp32", EngineOptions(threads=1, cache_full=(0, 1, 3)))
+    with plain, cached:
+        for _ in range(2):
+            exact = []
+            for index, timestep in enumerate((900.0, 700.0, 500.0, 300.0, 100.0)):
+                arrays = inputs(timestep, seed=index) | {"encoder_hidden_states": inputs(0)["encoder_hidden_states"]}
+                expected = plain.run(arrays)["out_sample"]
+                for name in ("sample", "timestep") if index else arrays:
+                    cached.bind(**AXES)
+                    cached.write(name, arrays[name])
+                cached.run()
+                exact.append(bool(np.abs(cached.read("out_sample") - expected).max() < 1e-5 * np.abs(expected).max()))
+            assert exact == [True, True, False, True, False]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_full_step_is_exact_and_the_others_reuse_the_deep_blocks(bundle: Path, precision: str) -> None:
     opened = Bundle.open(bundle)

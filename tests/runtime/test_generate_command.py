@@ -12,7 +12,15 @@ from PIL import Image
 
 from latentedge.runtime.cli import run
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.generate_command import SECTIONS, generate, guidance_from, preview_from, seeds_from, size_from
+from latentedge.runtime.generate_command import (
+    SECTIONS,
+    caching_from,
+    generate,
+    guidance_from,
+    preview_from,
+    seeds_from,
+    size_from,
+)
 from latentedge.runtime.picture_files import request_of
 from latentedge.runtime.pipeline import Pipeline
 from tests.runtime import bundles
@@ -122,3 +130,23 @@ def test_every_option_stands_under_one_heading_of_at_most_ten() -> None:
     options = {parameter.name for parameter in generate.params if isinstance(parameter, click.Option)}
     assert sorted(listed) == sorted(options)
     assert max(map(len, SECTIONS.values())) <= 10
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (None, {"cache_interval": 1}),
+        ("1", {"cache_interval": 1}),
+        ("3", {"cache_interval": 3}),
+        (3, {"cache_interval": 3}),
+        ("0,2,5", {"cache_full": (0, 2, 5)}),
+    ],
+)
+def test_step_caching_is_an_interval_or_a_list(text: Any, options: dict[str, Any]) -> None:
+    assert caching_from(text) == options
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "", "2,5", "0,5,2", "0,2,2", "0,"])
+def test_step_caching_that_cannot_be_read_is_said(text: str) -> None:
+    with pytest.raises(UsageError, match="--cache-interval takes 3, or steps from 0 on"):
+        caching_from(text)

@@ -14,7 +14,7 @@ from latentedge.runtime.engines.base import EngineOptions
 from latentedge.runtime.errors import EngineError, UsageError
 from latentedge.runtime.machine import machine_fingerprint
 from latentedge.runtime.selection import library_version
-from latentedge.runtime.tradeoffs import Wishes, cache_interval, fitting, settle
+from latentedge.runtime.tradeoffs import Wishes, fitting, reuse, settle
 from tests.tiny_bundles import manifest_of
 
 GIB = 2**30
@@ -48,7 +48,7 @@ def caching(interval: int, ratio: float, worst: float, **changed: Any) -> dict[s
     record = {
         "kind": "step-caching", "backend": "onnxruntime", "precision": "fp32", "machine": machine_fingerprint(),
         "library": library_version("onnxruntime"), "interval": interval, "ratio": ratio, "ratio_low": ratio - 0.1,
-        "psnr_worst_db": worst,
+        "psnr_worst_db": worst, "steps": 20,
     }  # fmt: skip
     return {**record, **changed}
 
@@ -106,22 +106,72 @@ def test_the_nearest_larger_size_is_taken() -> None:
     assert fitting(found, "auto", "auto", 4 * GIB, (256, 512)).low_memory
 
 
+ASKED: list[dict[str, Any]] = [{"steps": 20}]
+
+
 def test_the_fastest_interval_above_the_floor_is_chosen() -> None:
     found = bundle(caching(2, 1.5, 40.0), caching(3, 1.9, 34.0), caching(5, 2.5, 28.0))
-    assert [cache_interval(found, "onnxruntime", "fp32", floor)[0] for floor in (45, 36, 30, 20)] == [1, 2, 3, 5]
+    chosen = [reuse(found, "onnxruntime", "fp32", floor, ASKED)[0].get("interval") for floor in (45, 36, 30, 20)]
+    assert chosen == [None, 2, 3, 5]
 
 
 def test_an_interval_within_noise_is_not_chosen() -> None:
     found = bundle(caching(2, 1.05, 40.0))
-    interval, reason = cache_interval(found, "onnxruntime", "fp32", 30)
-    assert interval == 1
-    assert "no interval is faster and at 30 dB" in reason
+    record, reason = reuse(found, "onnxruntime", "fp32", 30, ASKED)
+    assert record == {}
+    assert "nothing is faster and at 30 dB or better; the best of 1 measured is one step of 2 in full" in reason
 
 
-def test_step_caching_that_was_not_measured_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("changed", "requests"),
+    [
+        ({"machine": "another"}, [{"steps": 20}]),
+        ({}, [{"steps": 10}]),
+        ({}, [{"steps": 20, "sampler": "euler"}]),
+        ({}, [{"steps": 20, "guidance_scale": 12.0}]),
+        ({"full": [0, 7]}, [{"steps": 30}]),
+    ],
+)
+def test_what_was_measured_of_something_else_is_an_error(
+    changed: dict[str, Any], requests: list[dict[str, Any]]
+) -> None:
     with pytest.raises(UsageError, match="was not measured on this machine") as caught:
-        cache_interval(bundle(caching(2, 1.5, 40.0, machine="another")), "onnxruntime", "fp32", 30)
+        reuse(bundle(caching(2, 1.5, 40.0, **changed)), "onnxruntime", "fp32", 30, requests)
     assert "--plan step-caching" in str(caught.value.hint)
+
+
+def test_more_steps_than_were_measured_lie_closer_and_may_follow() -> None:
+    found = bundle(caching(2, 1.5, 40.0))
+    assert reuse(found, "onnxruntime", "fp32", 30, [{"steps": 50}])[0]["interval"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "requests", "words"),
+    [
+        (
+            {"full": [0, 2, 7, 13]},
+            EngineOptions(cache_full=(0, 2, 7, 13)),
+            [{"steps": 20}],
+            "0, 2, 7, 13 of 20 in full",
+        ),
+        (
+            {"guidance_interval": [0.5, 1e9]},
+            EngineOptions(),
+            [{"steps": 20, "guidance_interval": [0.5, 1e9]}],
+            "guidance at sigmas from 0.5 on",
+        ),
+    ],
+)
+def test_lists_of_full_steps_and_intervals_of_guidance_are_chosen_too(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], options: EngineOptions, requests: list[Any], words: str
+) -> None:
+    faster = {name: value for name, value in caching(0, 3.0, 35.0, **changed).items() if name != "interval"}
+    monkeypatch.setattr(tradeoffs.Bundle, "open", lambda path: bundle(caching(2, 1.5, 40.0), faster))
+    asked: list[dict[str, Any]] = [{"steps": 20}]
+    lines: list[str] = []
+    _, chosen = settle(Path("b"), ("onnxruntime", "fp32"), EngineOptions(), Wishes(None, 30.0), asked, lines.append)
+    assert (chosen, asked) == (options, requests)
+    assert words in lines[0]
 
 
 def settled(
@@ -135,7 +185,7 @@ def settled(
 
 def test_both_wishes_are_granted_together(monkeypatch: pytest.MonkeyPatch) -> None:
     found = bundle(*(memory(*entry) for entry in LADDER), caching(3, 1.9, 34.0))
-    request: dict[str, Any] = {"height": 512, "width": 512}
+    request: dict[str, Any] = {"height": 512, "width": 512, "steps": 20}
     setting, options, lines = settled(monkeypatch, found, Wishes(int(2.5 * GIB), 30.0), EngineOptions(), request)
     assert setting == ("onnxruntime", "fp32")
     assert (options.low_memory, options.cache_interval, request["tile"]) == (True, 3, 32)
@@ -148,6 +198,8 @@ def test_both_wishes_are_granted_together(monkeypatch: pytest.MonkeyPatch) -> No
         (EngineOptions(low_memory=True), {}, Wishes(memory_limit=GIB)),
         (EngineOptions(), {"tile": 16}, Wishes(memory_limit=GIB)),
         (EngineOptions(cache_interval=2), {}, Wishes(auto_quality=30)),
+        (EngineOptions(cache_full=(0, 2)), {}, Wishes(auto_quality=30)),
+        (EngineOptions(), {"guidance_interval": [0.3, 5]}, Wishes(auto_quality=30)),
     ],
 )
 def test_a_choice_by_hand_and_a_wish_exclude_each_other(

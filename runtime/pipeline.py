@@ -368,7 +368,7 @@ class Pipeline:
         elif unconditional is not None:
             branches, index = [conditioner.branch(unconditional, concat), branches[0]], 1
             combine = guidance.classifier_free(run.guidance_scale, run.request.guidance_rescale)
-        tile = sizes.unet_tile(self._bundle, run.tile, concat, cached=self.options.cache_interval > 1)
+        tile = sizes.unet_tile(self._bundle, run.tile, concat, cached=self.options.caching)
         separate = self.options.low_memory
         return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=separate, tile=tile)
 

@@ -16,11 +16,11 @@ from typing import Any
 from latentedge.calibration.candidates import with_component
 from latentedge.calibration.correct import WORTHWHILE_DB
 from latentedge.calibration.latency import FASTER, UNDECIDED, Ratio, in_turns, ratio
-from latentedge.calibration.metrics import mean_low, sqnr
+from latentedge.calibration.metrics import mean_low, sqnr, worst_low
 from latentedge.calibration.pictures import Drawn, differences, summary
 from latentedge.calibration.records import Probe
 from latentedge.calibration.scene import Scene, Studio, Target
-from latentedge.calibration.sensitivity import WORST_BELOW_DB
+from latentedge.calibration.sensitivity import CLEAR_DB, WORST_BELOW_DB
 from latentedge.runtime.bundle import Array, Bundle, graph_precision
 from latentedge.runtime.engines import BACKENDS, Engine, open_engine
 from latentedge.runtime.errors import EngineError
@@ -130,18 +130,21 @@ def verdict(bounds: Sequence[Ratio]) -> str:
 def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn, floor_db: float) -> Record:
     """Pictures of a precision against fp32's. ``floor_db`` is the floor of the worst, ``floor_mean_db`` of the mean.
 
-    ``psnr_low_db``, the lower end of the mean's interval, is what has to be above the latter: other pictures differ.
+    Other pictures differ, so ``psnr_low_db``, the lower end of the mean's interval, has to be above the latter, and
+    ``psnr_worst_low_db``, what is foreseen of the worst of 64, above the former.
     """
     found = differences(reference, drawn)
     mean, worst = summary(found)
+    values = [entry.psnr_db for entry in found]
     return {
         "kind": "quality",
         "backend": backend,
         "precision": precision,
         "pictures": len(found),
         "psnr_db": mean,
-        "psnr_low_db": mean_low([entry.psnr_db for entry in found]),
+        "psnr_low_db": mean_low(values),
         "psnr_worst_db": worst,
+        "psnr_worst_low_db": worst_low(values, floor_db + CLEAR_DB),
         "ssim": sum(entry.ssim for entry in found) / len(found),
         "floor_db": floor_db - WORST_BELOW_DB,
         "floor_mean_db": floor_db,

@@ -144,6 +144,8 @@ def floors(row: dict[str, Any]) -> str:
         return f"worst below {row['quality.floor_db']:g}"
     if row["quality.psnr_low_db"] < row["quality.floor_mean_db"]:
         return f"mean perhaps below {row['quality.floor_mean_db']:g}"
+    if row["quality.psnr_worst_low_db"] < row["quality.floor_db"]:
+        return f"worst perhaps below {row['quality.floor_db']:g}"
     return HELD
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from latentedge.calibration.candidates import candidate
 from latentedge.calibration.capture import drop_others
 from latentedge.calibration.latency import in_turns, saved
-from latentedge.calibration.metrics import sqnr
+from latentedge.calibration.metrics import sqnr, worst_low
 from latentedge.calibration.pictures import differences, summary
 from latentedge.calibration.placement import SHORTCUTS
 from latentedge.calibration.plan import FLOAT, INT8, BlockPlan, Plan, write_atomically
@@ -42,6 +42,8 @@ Progress = Callable[[str, int, int], None]
 MARGIN_DB = 1.0
 #: The worst picture may lie this far below the floor of the mean.
 WORST_BELOW_DB = 6.0
+#: Pictures so far above the floor are as good as any other.
+CLEAR_DB = 20.0
 #: Blocks that may break the floor in the middle of the order without ending the plan there.
 SKIPS = 2
 #: Shortcut convolutions carry the residual stream: they count as harmless this far above the floor.
@@ -344,6 +346,7 @@ def _holds(quality: tuple[float, float], floor: float) -> bool:
 
 
 def _picture_quality(plan: Plan, material: Material, target: Target) -> tuple[float, float]:
+    """Mean PSNR of the pictures, and the worst, or where it is lower what is foreseen of the worst of others."""
     with (
         candidate(material.bundle, plan, material.evidence) as bundle,
         _engine(bundle, plan.component, target, target.precision) as engine,
@@ -351,4 +354,5 @@ def _picture_quality(plan: Plan, material: Material, target: Target) -> tuple[fl
     ):
         # The other networks run as they would beside this one, a decoder in INT8 too.
         drawn = material.scene.drawn(engine, studio)
-    return summary(differences(material.scene.reference, drawn))
+    values = [entry.psnr_db for entry in differences(material.scene.reference, drawn)]
+    return float(np.mean(values)), worst_low(values, plan.floor_db + CLEAR_DB)

@@ -8,7 +8,16 @@ import pytest
 from latentedge.calibration.correct import WORTHWHILE_DB, fit, measured_fit
 from latentedge.calibration.gate import REFERENCE, Race, with_records
 from latentedge.calibration.latency import ratio, saved
-from latentedge.calibration.metrics import frechet_distance, latent_features, mean_low, psnr, sqnr, ssim
+from latentedge.calibration.metrics import (
+    frechet_distance,
+    latent_features,
+    mean_low,
+    psnr,
+    sqnr,
+    ssim,
+    student_quantile,
+    worst_low,
+)
 from latentedge.calibration.presentation import floors
 from latentedge.runtime.bundle import Bundle
 from latentedge.runtime.correction import Correction
@@ -161,21 +170,45 @@ def test_both_floors_count() -> None:
     assert holds_floor(record)
     assert not holds_floor({**record, "psnr_low_db": 29.9})
     assert not holds_floor({**record, "psnr_worst_db": 23.9})
+    assert holds_floor({**record, "psnr_worst_low_db": 24.1})
+    assert not holds_floor({**record, "psnr_worst_low_db": 23.9})
 
 
 @pytest.mark.parametrize(
-    ("low", "mean", "worst", "said"),
+    ("low", "mean", "worst", "foreseen", "said"),
     [
-        (30.0, 31.0, 24.0, "held"),
-        (29.0, 29.5, 20.0, "mean below 30"),
-        (29.0, 31.0, 23.9, "worst below 24"),
-        (29.9, 31.0, 24.0, "mean perhaps below 30"),
+        (30.0, 31.0, 24.0, 24.0, "held"),
+        (29.0, 29.5, 20.0, 19.0, "mean below 30"),
+        (29.0, 31.0, 23.9, 23.0, "worst below 24"),
+        (29.9, 31.0, 24.0, 24.0, "mean perhaps below 30"),
+        (30.1, 31.0, 25.0, 23.9, "worst perhaps below 24"),
     ],
 )
-def test_the_table_says_which_floor_is_missed(low: float, mean: float, worst: float, said: str) -> None:
+def test_the_table_says_which_floor_is_missed(
+    low: float, mean: float, worst: float, foreseen: float, said: str
+) -> None:
     record = {"psnr_low_db": low, "psnr_db": mean, "psnr_worst_db": worst, "floor_mean_db": 30.0, "floor_db": 24.0}
+    record["psnr_worst_low_db"] = foreseen
     assert floors({f"quality.{name}": value for name, value in record.items()}) == said
     assert holds_floor(record) == (said == "held")
+
+
+def test_the_worst_of_others_is_foreseen() -> None:
+    """Nine times in ten the worst of 64 others is no worse than what 16 pictures foresee."""
+    random = np.random.default_rng(4)
+    drawn = random.normal(36, 3, (1000, 16 + 64))
+    held = [float(row[16:].min()) >= worst_low(list(row[:16]), 100) for row in drawn]
+    assert 0.87 <= np.mean(held) <= 0.95
+    assert worst_low([36.0] * 16, 50) == 36
+    assert worst_low([100.0] * 15 + [49.0], 50) > 45, "almost the same pictures do not widen the spread"
+    assert worst_low([40.0, 30.0], 50) == 30, "two pictures say nothing about a spread"
+
+
+@pytest.mark.parametrize(
+    ("share", "freedom", "quantile"), [(0.975, 7, 2.3646), (0.95, 15, 1.7531), (0.9985, 7, 4.4421), (0.9985, 15, 3.535)]
+)
+def test_quantiles_of_students_distribution(share: float, freedom: int, quantile: float) -> None:
+    assert student_quantile(share, freedom) == pytest.approx(quantile, rel=0.02)
 
 
 def test_a_mean_of_few_pictures_far_apart_is_not_certain() -> None:

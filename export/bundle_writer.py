@@ -105,6 +105,12 @@ def write_json(path: Path, data: Mapping[str, Any] | list[Any]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def described_files(folder: Path, recorded: list[str]) -> dict[str, str]:
+    """SHA-256 of the JSON files in ``folder`` that no other entry of the manifest covers, by their path in it."""
+    files = [path for path in sorted(folder.rglob("*.json")) if path.relative_to(folder).as_posix() not in recorded]
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
 def write_tokenizer(folder: Path, name: str, source: TokenizerSource) -> TokenizerFile:
     """Write ``<name>/tokenizer.json``, read it back, and compare its ids with the original tokenizer's."""
     from tokenizers import Tokenizer

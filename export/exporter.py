@@ -230,6 +230,7 @@ def _write_bundle(
         components=components,
         tokenizers=tokenizers,
         calibration=dict(model.captions),
+        files=bundle_writer.described_files(folder, [record.path for record in tokenizers.values()]),
     )
     if model.schedule:
         bundle_writer.write_json(folder / "scheduler" / "scheduler_config.json", manifest.scheduler_config())

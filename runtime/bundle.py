@@ -258,6 +258,8 @@ class Manifest:
     components: dict[str, Component]
     tokenizers: dict[str, TokenizerFile] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    #: SHA-256 of what the export wrote beside all that: reports, and descriptions for other tools.
+    files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON data."""

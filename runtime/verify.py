@@ -85,6 +85,7 @@ def _recorded_files(bundle: Bundle) -> Iterator[tuple[str, str]]:
                 yield record["vectors"], record["vectors_sha256"]
     for tokenizer in bundle.manifest.tokenizers.values():
         yield tokenizer.path, tokenizer.sha256
+    yield from bundle.manifest.files.items()
 
 
 def _check_files(bundle: Bundle) -> Iterator[Check]:

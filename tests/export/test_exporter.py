@@ -121,6 +121,22 @@ def test_verify_passes_and_finds_one_flipped_byte(bundle: Bundle) -> None:
     assert [check.subject for check in report.checks if check.status == "FAILED"] == ["vae_decoder/model.onnx"]
 
 
+def test_a_flipped_byte_of_any_file_is_found(bundle: Bundle) -> None:
+    files = [path for path in sorted(bundle.path.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME]
+    assert {path.suffix for path in files} == {".json", ".npz", ".onnx"}
+    for path in files:
+        original = path.read_bytes()
+        damaged = bytearray(original)
+        damaged[len(damaged) // 3] ^= 4
+        path.write_bytes(damaged)
+        try:
+            checks = verify_bundle(bundle.path, "onnxruntime").checks
+        finally:
+            path.write_bytes(original)
+        subject = path.relative_to(bundle.path).as_posix()
+        assert subject in [check.subject for check in checks if check.status == "FAILED"]
+
+
 def test_precision_that_only_fp16_leaves_no_fp32_graph(tmp_path: Path) -> None:
     model = tiny_model(component(DECODER, TinyDecoder))
     bundle = export_source(model, tmp_path / "half.bundle", ExportOptions(("fp16",)))

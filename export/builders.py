@@ -11,6 +11,7 @@ from typing import cast
 
 from latentedge.runtime.bundle import Bundle, Component
 from latentedge.runtime.engines import BACKENDS
+from latentedge.runtime.engines.hoisted import PARTS
 from latentedge.runtime.errors import UsageError
 
 #: ``module:function`` by backend; the function is a :data:`Builder`.
@@ -124,8 +125,12 @@ def builder_of(backend: str) -> Builder:
     return cast("Builder", getattr(importlib.import_module(module), function))
 
 
-def components_to_build(bundle: Bundle, backend: str) -> Iterable[Component]:
-    """The components that a backend opens: the parts of a split denoiser only where it runs them as parts."""
+def components_to_build(bundle: Bundle, backend: str, *, step_caching: bool = False) -> Iterable[Component]:
+    """The components that a backend opens: the parts of a split denoiser only where it runs them as parts.
+
+    A backend that otherwise runs the denoiser whole opens with ``step_caching`` all parts but the single step.
+    """
     for name, component in bundle.manifest.components.items():
-        if "." not in name or BACKENDS[backend].hoisting:
+        part = name.partition(".")[2]
+        if not part or BACKENDS[backend].hoisting or (step_caching and part != PARTS[-1]):
             yield component

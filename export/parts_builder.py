@@ -19,14 +19,7 @@ def prepare(request: BuildRequest) -> Bundle:
     axes are best at, and ONNX Runtime's optimised graphs are kept in the bundle's ``engines``, where the runtime finds
     them.
     """
-    path = request.bundle.path
-    components = request.bundle.manifest.components
-    if DENOISER in components and REFERENCE in components[DENOISER].variants:
-        names = hoist_bundle(path)
-        request.notify(f"denoiser in parts: {', '.join(names)}" if names else "the denoiser has nothing to hoist")
-        if request.step_caching:
-            request.notify(f"step caching: {', '.join(cut_bundle(path))}")
-    bundle = Bundle.open(path)
+    bundle = split_denoiser(request)
     if request.backend == "openvino":
         _compile(bundle, request)
     elif request.backend == "onnxruntime":
@@ -34,6 +27,18 @@ def prepare(request: BuildRequest) -> Bundle:
 
         optimise_bundle(bundle, request)
     return bundle
+
+
+def split_denoiser(request: BuildRequest) -> Bundle:
+    """The bundle with its denoiser's parts, and with ``--plan step-caching`` the full and shallow graphs, written anew."""
+    path = request.bundle.path
+    components = request.bundle.manifest.components
+    if DENOISER in components and REFERENCE in components[DENOISER].variants:
+        names = hoist_bundle(path)
+        request.notify(f"denoiser in parts: {', '.join(names)}" if names else "the denoiser has nothing to hoist")
+        if request.step_caching:
+            request.notify(f"step caching: {', '.join(cut_bundle(path))}")
+    return Bundle.open(path)
 
 
 def _compile(bundle: Bundle, request: BuildRequest) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from latentedge.export.builders import BuildRequest, BuildRow, components_to_build
 from latentedge.export.latency import measure_bundle
+from latentedge.export.parts_builder import split_denoiser
 from latentedge.export.tensorrt.engine_from_onnx import (
     BuilderSettings,
     CompiledPlan,
@@ -22,6 +23,7 @@ from latentedge.export.tensorrt.store import build_lock, store_plan, stored_plan
 from latentedge.runtime.bundle import Axis, Bundle, Component, file_sha256
 from latentedge.runtime.engines import backend as find_backend
 from latentedge.runtime.engines import cuda
+from latentedge.runtime.engines.hoisted import SHALLOW, part_name
 from latentedge.runtime.engines.plans import PlanKey, engines_folder, this_platform, variant_digests
 from latentedge.runtime.engines.tensorrt import load_library
 from latentedge.runtime.errors import BundleError, UsageError
@@ -42,6 +44,8 @@ def build(request: BuildRequest) -> list[BuildRow]:
         raise UsageError("--plan stripped cannot be combined with --max-engine-memory: a part has no ONNX file.")
     library = load_library(request.backend)
     capabilities = target_capabilities(request)
+    if request.step_caching:
+        request = dataclasses.replace(request, bundle=_cut_for_step_caching(request))
     rows = []
     for component, precision in work_of(request):
         axes = engine_axes(request, component)
@@ -55,12 +59,24 @@ def build(request: BuildRequest) -> list[BuildRow]:
     return rows
 
 
+def _cut_for_step_caching(request: BuildRequest) -> Bundle:
+    """The bundle with the denoiser cut for step caching; a check writes nothing, so there it has to be cut already."""
+    if not request.check:
+        return split_denoiser(request)
+    if part_name(DENOISER, SHALLOW) not in request.bundle.manifest.components:
+        raise UsageError(
+            f"{request.bundle.path} has no graphs for step caching, and --check writes none.",
+            hint="leave --check out, or write them with --backend onnxruntime --plan step-caching",
+        )
+    return request.bundle
+
+
 def work_of(request: BuildRequest) -> Iterator[tuple[Component, str]]:
     """Each component with each precision that it runs in, once."""
     bundle = request.bundle
     done = set()
     for asked in request.precisions or present_precisions(bundle, request.backend):
-        for component in components_to_build(bundle, request.backend):
+        for component in components_to_build(bundle, request.backend, step_caching=request.step_caching):
             precision = component_precision(component, asked, request.backend)
             bundle.variant(component.name, precision)
             if (component.name, precision) not in done:

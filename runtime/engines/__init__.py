@@ -28,7 +28,7 @@ class Backend:
     extra: str
     #: The module's function that opens a component.
     opener: str = "open_engine"
-    #: Whether a denoiser that the bundle holds in parts runs in parts (``hoisted.py``).
+    #: Whether a denoiser that the bundle holds in parts runs in parts (``hoisted.py``) also without step caching.
     hoisting: bool = False
     #: Whether it loads the ONNX graph itself; a plan has a key of its own (``plans.py``).
     reads_graph: bool = True
@@ -82,7 +82,7 @@ def open_engine(bundle: Bundle, component: str, name: str, precision: str, optio
         raise UsageError(f"the backend {name} has no CUDA graphs.")
     opener = cast("Opener", getattr(importlib.import_module(found.module), found.opener))
     spec = bundle.component(component)
-    if options.hoisting and found.hoisting:
+    if options.hoisting and (found.hoisting or options.caching):
         from latentedge.runtime.engines.hoisted import open_parts
 
         parts = open_parts(bundle, spec, precision, options, opener)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from latentedge.export.errors import ExportError
 from latentedge.export.exporter import ExportOptions, export_source
 from latentedge.export.hoisting import hoist_bundle
 from latentedge.export.step_caching import cut, cut_bundle, joins
+from latentedge.runtime import engines
 from latentedge.runtime.bundle import Array, Bundle, file_sha256
 from latentedge.runtime.engines import EngineOptions, open_engine
 from latentedge.runtime.errors import UsageError
@@ -92,6 +94,17 @@ def test_every_full_step_is_exact_and_the_others_reuse_the_deep_blocks(bundle: P
                     assert error < tolerance
                 else:
                     assert error > 10 * tolerance  # another sample's deep blocks: a real reuse shows
+
+
+def test_a_backend_that_runs_the_denoiser_whole_opens_the_parts_for_step_caching(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = dataclasses.replace(engines.BACKENDS["onnxruntime"], hoisting=False)
+    monkeypatch.setitem(engines.BACKENDS, "onnxruntime", whole)
+    opened = Bundle.open(bundle)
+    for options, kind in ((EngineOptions(), "OnnxRuntimeEngine"), (EngineOptions(cache_interval=2), "HoistedEngine")):
+        with open_engine(opened, "unet", "onnxruntime", "fp32", options) as engine:
+            assert type(engine).__name__ == kind
 
 
 def test_a_new_prompt_begins_a_new_picture(bundle: Path) -> None:

@@ -13,7 +13,7 @@ from latentedge.runtime.denoiser import Branch
 from latentedge.runtime.engines.base import Engine
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.images import labels_from, resize_nearest
-from latentedge.runtime.layout import read_layout, tokens_from_layout
+from latentedge.runtime.layout import read_layouts, tokens_from_layout
 from latentedge.runtime.noise import Draws
 from latentedge.runtime.request import Request
 from latentedge.runtime.tokenizer import PromptTokenizer
@@ -146,7 +146,7 @@ class Conditioner:
         elif layout is None:
             raise UsageError("this bundle does not say how boxes become tokens.", hint="pass the tokens as prompt_ids")
         else:
-            tokens = tokens_from_layout(read_layout(self._request.layout), layout)
+            tokens = np.concatenate([tokens_from_layout(one, layout) for one in read_layouts(self._request.layout)])
         encoder = self._conditioning.encoders[0]
         hidden = self._engine_of(encoder.component).run({"input_ids": tokens})[encoder.output]
         return {"encoder_hidden_states": self._repeated(hidden, "layout")}

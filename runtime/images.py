@@ -49,6 +49,11 @@ def labels_from(value: Picture, labels: int) -> Array:
     """A semantic map, int64 ``[N, H, W]`` with labels from 0 to ``labels - 1``, from an 8-bit picture or an array."""
     if isinstance(value, (str, Path)):
         value = open_picture(value)
+    if isinstance(value, Image.Image) and len(value.getbands()) > 1:
+        raise UsageError(
+            f"semantic_map: expected a picture of one channel, found {value.mode}.",
+            hint="a label picture is an 8-bit grey or palette PNG whose pixel values are label numbers",
+        )
     array = np.asarray(value)
     array = array[None] if array.ndim == 2 else array
     if array.ndim != 3 or array.dtype.kind not in "iu":

@@ -193,6 +193,7 @@ class Pipeline:
         defaults = manifest.defaults
         seed = request.seed if request.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
         pictures, mask = sizes.pictures_of(self._bundle, request)
+        pictures, kept = sizes.completed(self._bundle, pictures)
         count = picture_count(request, pictures)
         schedule = dict(request.schedule if request.schedule is not None else manifest.schedule)
         schedule.setdefault("dialect", manifest.schedule.get("dialect", "diffusers"))
@@ -229,6 +230,7 @@ class Pipeline:
             pictures=None if pictures is None else repeated(pictures, rows, "image"),
             mask=None if mask is None else repeated(mask, rows, "mask"),
             tile=sizes.tile_of(self._bundle, request),
+            kept=kept,
             timings={"seed": seed},
         )
 
@@ -395,6 +397,8 @@ class Pipeline:
     def _finish(self, run: Run, latents: Array) -> Result:
         clock = time.perf_counter()
         array = self.decode(latents, run.tile)
+        if run.kept is not None:
+            array = np.ascontiguousarray(array[:, : run.kept[0], : run.kept[1]])
         compvis = self.bundle.schedule.get("dialect") == "compvis"
         if compvis and self._keeps_picture() and run.mask is not None and run.pictures is not None:
             paint = run.mask[..., None]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from latentedge.runtime.bundle import Array
+from latentedge.runtime.layout import read_layouts
 from latentedge.runtime.noise import Draws
 from latentedge.runtime.request import Request
 
@@ -29,6 +30,8 @@ class Run:
     pictures: Array | None = None
     mask: Array | None = None
     tile: int | None = None
+    #: Height and width of the pictures to keep, where they are drawn larger.
+    kept: tuple[int, int] | None = None
     timings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,6 +46,8 @@ def picture_count(request: Request, pictures: Array | None) -> int:
     arrays: tuple[Any, ...] = (ids, request.encoder_hidden_states, request.embeddings, pictures)
     lengths = [len(value) for value in rows if np.ndim(value) == 1]
     lengths += [len(array) for array in arrays if np.ndim(array) > 1]
+    if request.layout is not None:
+        lengths.append(len(read_layouts(request.layout)))
     if request.semantic_map is not None and np.ndim(request.semantic_map) == 3:
         lengths.append(len(request.semantic_map))
     return max(lengths, default=1) * (request.batch_size or 1)

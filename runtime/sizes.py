@@ -32,6 +32,26 @@ def pictures_of(bundle: Bundle, request: Request) -> tuple[Array | None, Array |
     return pictures, (mask >= 0.5).astype(np.float32)
 
 
+def completed(bundle: Bundle, pictures: Array | None) -> tuple[Array | None, tuple[int, int] | None]:
+    """Small pictures continued by their border to sides that the UNet takes, and (height, width) of the result to keep.
+
+    Of super-resolution models in CompVis's layout; ``None`` where nothing was added.
+    """
+    manifest = bundle.manifest
+    if pictures is None or manifest.task != "super-resolution" or manifest.schedule.get("dialect") != "compvis":
+        return pictures, None
+    axes = bundle.component("unet").axes
+    missing = [
+        -side % axes[name].multiple if name in axes else 0
+        for name, side in zip(("latent_height", "latent_width"), pictures.shape[1:3], strict=True)
+    ]
+    if not any(missing):
+        return pictures, None
+    factor = manifest.conditioning.upscale or manifest.latent.downscale
+    height, width = (factor * side for side in pictures.shape[1:3])
+    return np.pad(pictures, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), mode="edge"), (height, width)
+
+
 def _fitting(bundle: Bundle, height: int, width: int, request: Request) -> tuple[int, int]:
     """The size asked for, or that of given latents; else the picture's own, rounded down as the model's original does."""
     manifest = bundle.manifest
@@ -66,9 +86,10 @@ def latent_size(bundle: Bundle, request: Request, pictures: Array | None) -> tup
     for name, side, axis in (("height", size[0], "latent_height"), ("width", size[1], "latent_width")):
         multiple = unit * (axes[axis].multiple if axis in axes else 1)
         if side < 1 or side % multiple:
+            below, above = side // multiple * multiple, (side // multiple + 1) * multiple
             raise UsageError(
                 f"{name} must be a multiple of {multiple}, found {side}.",
-                hint=f"the nearest are {max(side // multiple, 1) * multiple} and {(side // multiple + 1) * multiple}",
+                hint=f"the nearest are {below} and {above}" if below > 0 else f"the smallest is {multiple}",
             )
     return int(size[0]) // unit, int(size[1]) // unit
 

@@ -50,8 +50,9 @@ def _only(folder: Path, suffixes: tuple[str, ...], what: str) -> Path:
     found = _files(folder, suffixes)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
+        named = "the file itself" if what == "checkpoint" else "the YAML with `--config FILE`"
         raise UsageError(
             f"{folder} must hold exactly one {what} ({', '.join(suffixes)}), found {names}.",
-            hint=f"pass the {'file itself' if what == 'checkpoint' else 'YAML with `--config FILE`'}.",
+            hint=f"pass {named}." if found else f"put the {what} into the folder, or pass {named}.",
         )
     return found[0]

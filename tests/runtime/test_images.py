@@ -58,6 +58,8 @@ def test_labels_are_the_palette_numbers_of_a_picture(tmp_path: Path) -> None:
     image.putdata(labels.ravel().tolist())
     image.save(tmp_path / "labels.png")
     assert labels_from(tmp_path / "labels.png", 3).tolist() == [labels.tolist()]
+    with pytest.raises(UsageError, match="one channel, found RGB"):
+        labels_from(image.convert("RGB"), 3)
     with pytest.raises(UsageError, match="labels go from 0 to 1, found 0 to 2"):
         labels_from(labels, 2)
     with pytest.raises(UsageError, match="expected integer labels"):

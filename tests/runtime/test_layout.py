@@ -10,7 +10,7 @@ import pytest
 
 from latentedge.runtime.bundle import Layout
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.layout import read_layout, tokens_from_layout
+from latentedge.runtime.layout import read_layouts, tokens_from_layout
 
 #: A grid of 4 x 4 points, two objects, the crop at the end.
 LAYOUT = Layout(length=8, max_objects=2, tokens=16, none_token=15, crop=True, classes=3)
@@ -33,6 +33,14 @@ def test_points_between_two_are_rounded_half_to_even() -> None:
     """(1/6, 1/2) lies at 0.5 and 1.5 of the grid: column 0, row 2."""
     corners = tokens_from_layout([{"category": 0, "box": [1 / 6, 1 / 2, 1, 1]}], LAYOUT)
     assert corners[0, 1] == 2 * 4 + 0
+
+
+def test_a_corner_that_rounding_moved_past_the_border_is_at_the_border() -> None:
+    moved = {"category": 1, "box": [-1e-12, 1 / 3, 2 / 3, 0.7 + 0.2 + 0.1 + 1e-12]}
+    assert moved["box"][3] > 1
+    assert (tokens_from_layout([moved], LAYOUT) == tokens_from_layout([OBJECT], LAYOUT)).all()
+    with pytest.raises(UsageError, match="not inside the picture"):
+        tokens_from_layout([{"category": 1, "box": [0, 0, 1.001, 1]}], LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +86,10 @@ def test_a_layout_comes_from_a_file_or_a_list(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([OBJECT]))
     (tmp_path / "b.json").write_text(json.dumps({"objects": [OBJECT]}))
     (tmp_path / "c.json").write_text("[")
-    assert (
-        read_layout(tmp_path / "a.json") == read_layout(str(tmp_path / "b.json")) == read_layout([OBJECT]) == [OBJECT]
-    )
+    for value in (tmp_path / "a.json", str(tmp_path / "b.json"), [OBJECT], (OBJECT,), {"objects": [OBJECT]}):
+        assert read_layouts(value) == [[OBJECT]]
+    assert read_layouts([]) == [[]]
+    assert read_layouts([[OBJECT], []]) == [[OBJECT], []]
     for value, message in ((tmp_path / "c.json", "cannot be read"), ({"boxes": []}, "a list of objects")):
         with pytest.raises(UsageError, match=message):
-            read_layout(value)
+            read_layouts(value)

@@ -74,6 +74,20 @@ def test_sizes_above_the_largest_are_drawn_in_tiles_and_equal_the_whole(height: 
     assert 20 * np.log10(np.abs(expected).max() / np.sqrt(((found - expected) ** 2).mean())) > 35
 
 
+@pytest.mark.parametrize(("height", "width"), [(13, 18), (39, 41), (1, 3)])
+def test_a_picture_of_any_size_is_continued_by_its_border_and_cut_again(height: int, width: int) -> None:
+    image = np.random.default_rng(4).random((1, height, width, 3)).astype(np.float32)
+    pipe = super_resolution(LocalUnet())
+    result = pipe.generate(image=image, steps=4, seed=5, guidance_scale=1.0)
+    larger = np.pad(image, ((0, 0), (0, -height % 4), (0, -width % 4), (0, 0)), mode="edge")
+    expected = pipe.generate(image=larger, steps=4, seed=5, guidance_scale=1.0)
+    factor = pipe.bundle.latent.downscale
+    assert result.array.shape == (1, factor * height, factor * width, 3)
+    assert result.images[0].size == (factor * width, factor * height)
+    assert (result.array == expected.array[:, : factor * height, : factor * width]).all()
+    assert (result.latents == expected.latents).all()
+
+
 def test_a_network_without_reach_gives_the_same_in_tiles() -> None:
     def unet(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         sample = inputs["sample"]

@@ -351,7 +351,7 @@ def read_first_stage(folder: Path) -> SourceModel:
         task="reconstruction",
         source=Source("diffusers", {path.name: file_sha256(path) for path in part.files}, _licence(folder)),
         latent=Latent(
-            channels=int(part.config["latent_channels"]),
+            channels=int(part.config.get("vq_embed_dim") or part.config["latent_channels"]),
             downscale=factor,
             scale_factor=scale_factor,
             encoding=ENCODINGS[kind],

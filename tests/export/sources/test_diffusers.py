@@ -305,6 +305,16 @@ def test_a_half_precision_copy_beside_a_pickle(part: str, copied: Path, folders:
     assert near(outputs(component(model, part), **inputs)[0], expected)
 
 
+def test_a_codebook_narrower_than_its_encoder(tmp_path: Path) -> None:
+    model = diffusers_models.codebook(latent_channels=4, vq_embed_dim=3)
+    model.save_pretrained(tmp_path)
+    found = load_source(tmp_path, OPTIONS)
+    assert found.latent.channels == 3
+    latent = torch.randn(1, 3, 4, 4)
+    with torch.no_grad():
+        assert near(outputs(component(found, "vae_decoder"), latent_sample=latent)[0], model.decode(latent).sample)
+
+
 def test_parts_of_a_file_beside_the_whole(copied: Path) -> None:
     whole = copied / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copy(whole, whole.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))

@@ -8,8 +8,10 @@ units of :data:`SUM_UNIT` for the same reason: adding integers is associative, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -23,6 +25,8 @@ _SHIFT = 23 - MANTISSA_BITS
 BINS = 1 << (8 + MANTISSA_BITS)
 #: Bins from here on hold infinities and NaN.
 FIRST_NOT_FINITE = 255 << MANTISSA_BITS
+#: Values that are counted at once.
+PIECE = 1 << 17
 #: What one unit of the integer sums stands for.
 SUM_UNIT = 2.0**-20
 #: Largest float16: what lies above cannot be held by an engine that computes in float16.
@@ -65,21 +69,30 @@ class TensorStatistics:
 
     def observe(self, array: Array, feature_axis: int, timestep: float) -> None:
         """Add one activation, float32 or float16 of any shape with features on ``feature_axis``."""
-        rows = np.moveaxis(np.asarray(array, np.float32), feature_axis, 0)
-        rows = np.ascontiguousarray(rows.reshape(rows.shape[0], -1))
-        bins = (rows.view(np.uint32) & np.uint32(0x7FFFFFFF)) >> np.uint32(_SHIFT)
-        counts = np.bincount(bins.reshape(-1), minlength=BINS)
+        array = np.ascontiguousarray(array, np.float32)
+        counts = _counted(array)
         missing = int(counts[FIRST_NOT_FINITE:].sum())
         if missing:
-            rows = np.where(np.isfinite(rows), rows, np.float32(0))
-        amax = np.maximum(rows.max(axis=1), -rows.min(axis=1))
-        # float32 holds the squares of magnitudes up to 1e15 and is twice as fast.
-        precise = rows.astype(np.float64) if amax.max() > 1e15 else rows
-        squares = np.einsum("ij,ij->i", precise, precise).astype(np.float64)
+            array = np.where(np.isfinite(array), array, np.float32(0))
+        axis = feature_axis % array.ndim
+        channels = array.shape[axis]
+        # Pictures [N, C, h, w] as N times [C, values], rows of features [N, tokens, C] as one [values, C].
+        last = axis == array.ndim - 1
+        blocks = (
+            [array.reshape(-1, channels)] if last else array.reshape(-1, channels, math.prod(array.shape[axis + 1 :]))
+        )
+        amax = np.zeros(channels, np.float32)
+        squares = np.zeros(channels)
+        for block in blocks:
+            values = 0 if last else 1
+            amax = np.maximum(amax, np.maximum(block.max(axis=values), -block.min(axis=values)))
+            # float32 holds the squares of magnitudes up to 1e15 and is twice as fast.
+            precise = block.astype(np.float64) if amax.max() > 1e15 else block
+            squares += np.einsum("ij,ij->j" if last else "ij,ij->i", precise, precise)
         self.counts += counts
         self.channel_amax = np.maximum(self.channel_amax, amax)
         self.channel_squares += _as_units(squares)
-        self.values += rows.shape[1]
+        self.values += array.size // channels
         self.amax[timestep] = max(self.amax.get(timestep, 0.0), float(amax.max()))
         if missing:
             self.not_finite[timestep] = self.not_finite.get(timestep, 0) + missing
@@ -124,6 +137,25 @@ class TensorStatistics:
         if self.amax and self.largest == 0:
             found.append(Fault(tensor, "zero", max(self.amax), "every value is zero, at every timestep"))
         return found
+
+
+@cache
+def _scratch() -> Array:
+    """Where bins are computed, a piece of an activation at a time: fresh memory for each costs more than the counting."""
+    return np.empty(PIECE, np.intp)
+
+
+def _counted(array: Array) -> Array:
+    """How many magnitudes of a contiguous float32 array fall into each bin, int64 [BINS]."""
+    bits = array.reshape(-1).view(np.uint32)
+    counts = np.zeros(BINS, np.int64)
+    for start in range(0, bits.size, PIECE):
+        piece = bits[start : start + PIECE]
+        bins = _scratch()[: piece.size]
+        np.bitwise_and(piece, np.uint32(0x7FFFFFFF), out=bins)
+        np.right_shift(bins, _SHIFT, out=bins)
+        counts += np.bincount(bins, minlength=BINS)
+    return counts
 
 
 def _as_units(values: Array) -> Array:

@@ -42,7 +42,7 @@ GOLDEN = (5**0.5 - 1) / 2
 DECODER = "vae_decoder"
 DECODED = 4
 #: Changes with what a checkpoint holds.
-CHECKPOINT_LAYOUT = 3
+CHECKPOINT_LAYOUT = 4
 #: Activations of a decoder that are fetched at once: they are as large as the picture, hundreds of MB each at 512x512.
 DECODER_TAPS = 6
 

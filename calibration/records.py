@@ -14,6 +14,10 @@ from latentedge.calibration.observers import BINS, TensorStatistics
 from latentedge.runtime.bundle import Array
 from latentedge.runtime.errors import LatentEdgeError
 
+#: Tables of an activation's statistics by timestep.
+TABLES = ("amax", "not_finite")
+_NONE = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -35,17 +39,14 @@ class Probe:
 
 
 def pack(statistics: Mapping[str, TensorStatistics], probes: list[Probe], latents: Array | None = None) -> bytes:
-    """Statistics, probes and the latents that a trajectory ended in, as the bytes of an npz file."""
-    arrays: dict[str, Array] = {"names": np.array(list(statistics), dtype=np.str_)}
-    for index, entry in enumerate(statistics.values()):
-        present = np.flatnonzero(entry.counts)
-        arrays[f"{index}.bins"] = present.astype(np.uint16)
-        arrays[f"{index}.counts"] = entry.counts[present]
-        arrays[f"{index}.channel_amax"] = entry.channel_amax
-        arrays[f"{index}.channel_squares"] = entry.channel_squares
-        arrays[f"{index}.values"] = np.array(entry.values, np.int64)
-        for name, table in (("amax", entry.amax), ("not_finite", entry.not_finite)):
-            arrays[f"{index}.{name}"] = np.array(sorted(table.items()), np.float64).reshape(-1, 2)
+    """Statistics, probes and the latents that a trajectory ended in, as the bytes of an npz file.
+
+    Few arrays hold the statistics of all tensors, one behind the other: each array in a file costs time of its own.
+    """
+    arrays: dict[str, Array] = {
+        "names": np.array(list(statistics), dtype=np.str_),
+        **_joined(list(statistics.values())),
+    }
     for number, probe in enumerate(probes):
         arrays[f"probe{number}.place"] = np.array([probe.sample, probe.step], np.int64)
         arrays[f"probe{number}.output"] = probe.output
@@ -54,8 +55,30 @@ def pack(statistics: Mapping[str, TensorStatistics], probes: list[Probe], latent
     if latents is not None:
         arrays["latents"] = latents
     stream = io.BytesIO()
-    np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for name, array in arrays.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
     return stream.getvalue()
+
+
+def _joined(entries: list[TensorStatistics]) -> dict[str, Array]:
+    """The statistics of several tensors: ``present`` bins and ``channels`` of each, and its tables' rows by its index."""
+    bins = [np.flatnonzero(entry.counts) for entry in entries]
+    counts = np.concatenate([entry.counts[present] for entry, present in zip(entries, bins, strict=True)] or [_NONE])
+    arrays = {
+        "present": np.array([len(present) for present in bins], np.int64),
+        "channels": np.array([entry.channel_amax.size for entry in entries], np.int64),
+        "bins": np.concatenate(bins or [_NONE]).astype(np.uint16),
+        "counts": counts.astype(np.min_scalar_type(int(counts.max(initial=0)))),
+        "channel_amax": np.concatenate([entry.channel_amax for entry in entries] or [_NONE]).astype(np.float32),
+        "channel_squares": np.concatenate([entry.channel_squares for entry in entries] or [_NONE]),
+        "values": np.array([entry.values for entry in entries], np.int64),
+    }
+    for name in TABLES:
+        rows = [(index, *row) for index, entry in enumerate(entries) for row in sorted(getattr(entry, name).items())]
+        arrays[name] = np.array(rows, np.float64).reshape(-1, 3)
+    return arrays
 
 
 def unpack(data: bytes | Path) -> tuple[dict[str, TensorStatistics], list[Probe]]:
@@ -63,8 +86,9 @@ def unpack(data: bytes | Path) -> tuple[dict[str, TensorStatistics], list[Probe]
     try:
         with np.load(io.BytesIO(data) if isinstance(data, bytes) else data, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        statistics = {str(name): _statistics(arrays, index) for index, name in enumerate(arrays["names"])}
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        names = [str(name) for name in arrays["names"]]
+        statistics = dict(zip(names, _separate(arrays), strict=True))
+    except (KeyError, IndexError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         origin = "" if isinstance(data, bytes) else f" {data}"
         raise LatentEdgeError(f"the calibration record{origin} is damaged: {error}.", hint="calibrate again") from error
     probes: list[Probe] = []
@@ -83,14 +107,19 @@ def final_latents(file: Path) -> Array:
         return np.asarray(arrays["latents"])
 
 
-def _statistics(arrays: Mapping[str, Array], index: int) -> TensorStatistics:
-    counts = np.zeros(BINS, np.int64)
-    counts[arrays[f"{index}.bins"]] = arrays[f"{index}.counts"]
-    return TensorStatistics(
-        counts,
-        arrays[f"{index}.channel_amax"],
-        arrays[f"{index}.channel_squares"],
-        int(arrays[f"{index}.values"]),
-        {float(step): float(value) for step, value in arrays[f"{index}.amax"]},
-        {float(step): int(value) for step, value in arrays[f"{index}.not_finite"]},
-    )
+def _separate(arrays: Mapping[str, Array]) -> list[TensorStatistics]:
+    """What :func:`_joined` joined."""
+    entries = []
+    present, channels = (np.concatenate([[0], np.cumsum(arrays[name])]) for name in ("present", "channels"))
+    for index, values in enumerate(arrays["values"]):
+        bins, width = slice(*present[index : index + 2]), slice(*channels[index : index + 2])
+        counts = np.zeros(BINS, np.int64)
+        counts[arrays["bins"][bins]] = arrays["counts"][bins]
+        entries.append(
+            TensorStatistics(counts, arrays["channel_amax"][width], arrays["channel_squares"][width], int(values))
+        )
+    for index, step, value in arrays["amax"]:
+        entries[int(index)].amax[float(step)] = float(value)
+    for index, step, value in arrays["not_finite"]:
+        entries[int(index)].not_finite[float(step)] = int(value)
+    return entries

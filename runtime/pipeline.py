@@ -198,6 +198,11 @@ class Pipeline:
         schedule = dict(request.schedule if request.schedule is not None else manifest.schedule)
         schedule.setdefault("dialect", manifest.schedule.get("dialect", "diffusers"))
         scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        sampler = request.sampler or (None if (request.schedule or {}).get("_class_name") else defaults.sampler)
+        # The bundle's eta goes with the bundle's sampler; PLMS takes none.
+        own = samplers.same(
+            sampler or schedule.get("_class_name"), defaults.sampler or manifest.schedule.get("_class_name")
+        )
         image_scale = request.image_guidance_scale
         image_scale = defaults.image_guidance_scale if image_scale is None else image_scale
         # With a mask, or with a picture beside its latent, a model starts from noise unless it was made for inpainting.
@@ -220,12 +225,12 @@ class Pipeline:
             request=request,
             count=count,
             steps=request.steps or defaults.steps,
-            sampler=request.sampler or (None if (request.schedule or {}).get("_class_name") else defaults.sampler),
+            sampler=sampler,
             schedule=schedule,
             guidance_scale=float(scale),
             image_guidance_scale=float(image_scale),
             strength=float(strength),
-            eta=defaults.eta if request.eta is None else request.eta,
+            eta=(defaults.eta if own else 0.0) if request.eta is None else request.eta,
             draws=draws,
             pictures=None if pictures is None else repeated(pictures, rows, "image"),
             mask=None if mask is None else repeated(mask, rows, "mask"),

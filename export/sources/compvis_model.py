@@ -43,9 +43,6 @@ UNGUIDED_CLASSES = (200, 1.0, 1.0)
 CAPTION_FILES = {"prompts": "calibration.txt", "held_out_prompts": "heldout.txt"}
 #: Guidance of Stable Diffusion's txt2img.py.
 CLIP_GUIDANCE = 7.5
-#: Guidance and eta of Stable Diffusion's inpainting by text (scripts/gradio/inpainting.py of Stability-AI/stablediffusion
-#: for eta).
-TEXT_INPAINTING = (CLIP_GUIDANCE, 1.0)
 
 
 def model_from_files(checkpoint: Path, config: Path, options: SourceOptions) -> SourceModel:
@@ -232,7 +229,7 @@ def _defaults(task: Task, situation: Situation) -> Defaults:
     if situation.target.endswith("CLIPEmbedder"):
         guidance = CLIP_GUIDANCE
     if situation.config.conditioning == "hybrid" and task.name == "inpainting":
-        guidance, eta = TEXT_INPAINTING
+        guidance = CLIP_GUIDANCE
     if task.name == "class-to-image" and task.conditioning.classes != IMAGENET_AND_NONE:
         steps, guidance, eta = UNGUIDED_CLASSES
     scale = situation.latent.downscale

@@ -86,7 +86,7 @@ def networks_of(config: ModelConfig, checkpoint: Checkpoint, clip_text: object |
         _check([first_stage], checkpoint, config)
         return Networks(first_stage)
     diffusion = config.diffusion
-    first_stage = _network(diffusion.first_stage_config, FIRST, checkpoint)
+    first_stage = _network(diffusion.first_stage_config, _first_stage_prefix(diffusion, checkpoint), checkpoint)
     unet = _network(diffusion.unet_config, UNET, checkpoint)
     condition = None
     cond = diffusion.cond_stage_config
@@ -97,6 +97,12 @@ def networks_of(config: ModelConfig, checkpoint: Checkpoint, clip_text: object |
     _check([first_stage, unet, *([condition] if condition else [])], checkpoint, config)
     unet, messages = _averaged(diffusion, unet)
     return Networks(first_stage, unet, condition, messages)
+
+
+def _first_stage_prefix(diffusion: DiffusionConfig, checkpoint: Checkpoint) -> str:
+    """Where the first stage's tensors are: a file that stores none twice may hold them as the condition's only."""
+    twice = diffusion.cond_stage_config == FIRST_STAGE
+    return CONDITION if twice and not any(name.startswith(FIRST) for name in checkpoint.shapes) else FIRST
 
 
 def _network(config: NetworkConfig, prefix: str, checkpoint: Checkpoint) -> Network:
@@ -135,7 +141,7 @@ def _check(networks: Iterable[Network], checkpoint: Checkpoint, config: ModelCon
     found = {name: shape for name, shape in checkpoint.shapes.items() if not ignored(name)}
     if config.diffusion is not None and config.diffusion.cond_stage_config == FIRST_STAGE:
         # The first stage is registered a second time as its own condition.
-        copies = {name for name in found if name.startswith(CONDITION)}
+        copies = {name for name in found if name.startswith(CONDITION)} - expected.keys()
         expected |= {name: expected.get(name.replace(CONDITION, FIRST, 1), (-1,)) for name in copies}
     check_fit(expected, found, checkpoint.path.name, config.name)
 

@@ -183,6 +183,11 @@ def _named(sampler: str) -> tuple[str, dict[str, Any]]:
     return NAMES[name][0], {**NAMES[name][1], **options}
 
 
+def same(first: str | None, second: str | None) -> bool:
+    """Whether two samplers, by name or class, are the same; ``UsageError`` for an unknown name."""
+    return first == second or (first is not None and second is not None and _named(first)[0] == _named(second)[0])
+
+
 def _configured(schedule: Mapping[str, Any], sampler: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     own = schedule.get("_class_name")
     if sampler is None and own not in SAMPLERS:

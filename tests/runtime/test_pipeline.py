@@ -237,6 +237,25 @@ def test_a_picture_takes_the_size_of_given_latents_and_of_one_given_side() -> No
     assert draw(pipe, image=picture, strength=0.5, height=24, seed=1).array.shape == (1, 24, 56, 3)
 
 
+def test_the_default_eta_goes_with_the_default_sampler() -> None:
+    manifest = bundles.text_manifest()
+    defaults = dataclasses.replace(manifest.defaults, sampler="ddim", eta=1.0)
+    schedule = {**manifest.schedule, "dialect": "compvis"}
+    pipe = bundles.pipeline(dataclasses.replace(manifest, defaults=defaults, schedule=schedule))
+
+    def latents(**options: Any) -> Any:
+        return draw(pipe, seed=3, guidance_scale=1.0, **options).latents
+
+    noisy, plain = latents(eta=1.0), latents(eta=0.0)
+    assert np.abs(noisy - plain).max() > 0.1
+    for name in (None, "ddim", "DDIMScheduler"):
+        assert (latents(sampler=name) == noisy).all()
+    for name in ("plms", "dpm_solver"):
+        assert (latents(sampler=name) == latents(sampler=name, eta=0.0)).all()
+    with pytest.raises(UsageError, match="PLMS is deterministic"):
+        latents(sampler="plms", eta=1.0)
+
+
 def test_a_callback_stops_the_loop() -> None:
     unet, batches = counting_unet()
     result = draw(bundles.pipeline(unet=unet), latents=LATENTS, callback=lambda step: step.index == 1)

@@ -171,37 +171,6 @@ def test_conditioning_of_each_family(tmp_path: Path) -> None:
     )
 
 
-def test_classes_that_the_unet_embeds(tmp_path: Path) -> None:
-    written = Written(tmp_path, compvis_models.DIFFUSION["class-in-unet"])
-    model = written.load()
-    assert (model.conditioning.classes, model.conditioning.null_class) == (11, 10)
-    assert set(components(model)) == {"unet", "vae_encoder", "vae_decoder"}
-    assert [spec.name for spec in components(model)["unet"].spec.inputs] == ["sample", "timestep", "class_labels"]
-    written.model["params"]["conditioning_key"] = "crossattn"
-    with pytest.raises(LatentEdgeError, match="has a label embedding, and conditioning_key is crossattn"):
-        written.load()
-
-
-def test_a_codebook_that_the_original_does_not_use(tmp_path: Path) -> None:
-    model = copy.deepcopy(compvis_models.DIFFUSION["unconditional-vq"])
-    model["params"]["first_stage_config"]["target"] = "ldm.models.autoencoder.VQModel"
-    written = Written(tmp_path, model)
-    read = written.load()
-    assert any("decoded unquantised" in message for message in read.messages)
-    first_stage = written.networks["first_stage_config"]
-    latent = torch.randn(1, 3, 4, 4)
-    with torch.no_grad():
-        found = components(read)["vae_decoder"].build()(latent)
-        assert torch.equal(found, first_stage.decoder(first_stage.post_quant_conv(latent)))
-        assert not torch.allclose(found, first_stage.decode(first_stage.quantize.nearest(latent)[0]), atol=1e-2)
-
-
-def test_layout_by_its_own_class(tmp_path: Path) -> None:
-    model = copy.deepcopy(compvis_models.DIFFUSION["layout"])
-    model["target"] = "ldm.models.diffusion.ddpm.Layout2ImgDiffusion"
-    assert Written(tmp_path, model).load().conditioning.layout == Layout(92, 30, 8192, 8191, crop=True)
-
-
 def test_inpainting_of_stable_diffusion(tmp_path: Path) -> None:
     model = compvis_models.ldm(
         compvis_models.kl(),
@@ -215,7 +184,7 @@ def test_inpainting_of_stable_diffusion(tmp_path: Path) -> None:
     read = Written(tmp_path, model).load()
     mask, masked = read.conditioning.concat
     assert read.task == "inpainting"
-    assert (read.defaults.guidance_scale, read.defaults.eta) == (7.5, 1.0)
+    assert read.defaults.guidance_scale == 7.5
     assert (mask.source, mask.mask_values) == ("mask", (0.0, 1.0))
     assert (masked.source, masked.scaled, masked.posterior, masked.hole_value) == (
         "masked_image_latent",

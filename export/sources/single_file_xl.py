@@ -28,6 +28,7 @@ from latentedge.export.sources.compvis_components import (
 )
 from latentedge.export.sources.compvis_tokenizer import TokenizerNeed, find_tokenizer
 from latentedge.export.sources.compvis_weights import FIRST, UNET, Network, ignored, network_of
+from latentedge.export.sources.diffusers_kinds import SDXL, SDXL_INPAINTING, Kind
 from latentedge.export.sources.single_file import SCALED_LINEAR
 from latentedge.export.sources.single_file_shapes import below, clip_config, first_stage_parameters, unet_parameters
 from latentedge.runtime.bundle import (
@@ -48,6 +49,8 @@ FIRST_ENCODER, SECOND_ENCODER = "conditioner.embedders.0.", "conditioner.embedde
 #: Original size, crop corner, target size; each number becomes sinusoids of this width.
 TIME_IDS, SIZE_WIDTH = 6, 256
 SCALE_FACTOR = 0.13025
+#: Told apart by what they append to the latent.
+KINDS = (SDXL, SDXL_INPAINTING)
 LATENT_SIDE = 128
 SCHEDULE: dict[str, object] = {
     **SCALED_LINEAR,
@@ -105,11 +108,11 @@ class SecondTextEncoder(nn.Module):
 
 
 def load_xl(checkpoint: Checkpoint, options: SourceOptions) -> SourceModel:
-    """Read a Stable Diffusion XL base model; refiners and inpainting models are refused by their channels."""
+    """Read a Stable Diffusion XL base or inpainting model; others are refused by their channels."""
     if options.loras:
         raise UsageError("LoRA files are merged into diffusers layouts only.", hint="leave --lora out.")
     shapes = checkpoint.shapes
-    unet, first_stage = _networks(checkpoint)
+    unet, first_stage, kind, downscale = _networks(checkpoint)
     first_config = clip_config(below(shapes, f"{FIRST_ENCODER}transformer.text_model."), "clip")
     second_config = clip_config(below(shapes, f"{SECOND_ENCODER}model."), "open_clip")
     first = network_of(lambda: FrozenCLIPEmbedder(text_config=first_config), FIRST_ENCODER, checkpoint)
@@ -117,7 +120,7 @@ def load_xl(checkpoint: Checkpoint, options: SourceOptions) -> SourceModel:
     expected = {name: shape for network in (unet, first_stage, first, second) for name, shape in network.shapes.items()}
     found = {name: shape for name, shape in shapes.items() if not ignored(name)}
     check_fit(expected, found, checkpoint.path.name, "Stable Diffusion XL")
-    latent = Latent(int(first_stage.shapes[f"{FIRST}post_quant_conv.weight"][1]), 8, SCALE_FACTOR)
+    latent = Latent(int(first_stage.shapes[f"{FIRST}post_quant_conv.weight"][1]), downscale, SCALE_FACTOR)
     size = (LATENT_SIDE, LATENT_SIDE)
     tokenizers = _tokenizers(checkpoint, options, first_config, second_config)
     messages = [f"{checkpoint.path.name} has no YAML and is read as Stable Diffusion XL"]
@@ -133,27 +136,34 @@ def load_xl(checkpoint: Checkpoint, options: SourceOptions) -> SourceModel:
     index = {component.spec.name: ["diffusers", "OnnxRuntimeModel"] for component in components}
     return SourceModel(
         family="stable-diffusion-xl",
-        task="text-to-image",
+        task=kind.task,
         source=Source("single-file", {checkpoint.path.name: checkpoint.sha256}, notes=("read from its shapes",)),
         latent=latent,
         conditioning=Conditioning(
             cross_attention="text",
             encoders=encoders,
+            concat=kind.concat,
             unconditional="zeros",
             time_ids=TIME_IDS,
             guidance_below_one=False,
         ),
         schedule=SCHEDULE,
-        defaults=Defaults(height=8 * LATENT_SIDE, width=8 * LATENT_SIDE, steps=50, guidance_scale=5.0),
+        defaults=Defaults(
+            height=downscale * LATENT_SIDE,
+            width=downscale * LATENT_SIDE,
+            steps=kind.steps,
+            guidance_scale=kind.guidance_scale,
+            strength=kind.strength,
+        ),
         components=components,
         tokenizers=tokenizers,
-        model_index={"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, **index},
+        model_index={"_class_name": kind.class_name, "force_zeros_for_empty_prompt": True, **index},
         messages=tuple(messages),
     )
 
 
-def _networks(checkpoint: Checkpoint) -> tuple[Network, Network]:
-    """U-Net and first stage."""
+def _networks(checkpoint: Checkpoint) -> tuple[Network, Network, Kind, int]:
+    """U-Net and first stage, the pipeline that they are for, and the pixels of a latent pixel."""
     unet_shapes = below(checkpoint.shapes, UNET)
     try:
         vector = unet_shapes["label_emb.0.0.weight"][1]
@@ -169,9 +179,12 @@ def _networks(checkpoint: Checkpoint) -> tuple[Network, Network]:
             f"{checkpoint.path.name} lacks the tensor {error}, which every Stable Diffusion XL has.",
             hint="the file is incomplete: compare its size and SHA-256 with its origin.",
         ) from error
-    if parameters["in_channels"] != parameters["out_channels"]:
+    extra = parameters["in_channels"] - parameters["out_channels"]
+    kind = next((kind for kind in KINDS if sum(entry.channels for entry in kind.concat) == extra), None)
+    if kind is None:
         raise UsageError(
-            f"the U-Net takes {parameters['in_channels']} channels: only Stable Diffusion XL's base model is read.",
+            f"the U-Net takes {parameters['in_channels']} channels: only Stable Diffusion XL's base and inpainting models "
+            "are read.",
             hint="use its diffusers folder.",
         )
     unet_target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
@@ -179,6 +192,8 @@ def _networks(checkpoint: Checkpoint) -> tuple[Network, Network]:
     return (
         network_of(lambda: build_network(unet_target, parameters), UNET, checkpoint),
         network_of(lambda: build_network(stage_target, first_stage), FIRST, checkpoint),
+        kind,
+        2 ** (len(first_stage["ddconfig"]["ch_mult"]) - 1),
     )
 
 

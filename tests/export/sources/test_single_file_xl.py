@@ -16,7 +16,7 @@ from latentedge.export.models.clip_text import ClipTextConfig, FrozenCLIPEmbedde
 from latentedge.export.models.open_clip_text import FrozenOpenCLIPEmbedder  # noqa: E402
 from latentedge.export.models.registry import build_network  # noqa: E402
 from latentedge.export.sources import single_file  # noqa: E402
-from latentedge.runtime.errors import LatentEdgeError  # noqa: E402
+from latentedge.runtime.errors import LatentEdgeError, UsageError  # noqa: E402
 from tests.export.sources import compvis_models  # noqa: E402
 
 WIDTHS = (64, 128)
@@ -87,6 +87,34 @@ def test_xl(networks: dict[str, Any], file: Path) -> None:
             assert component.spec.outputs[0].name == "last_hidden_state"
         shapes = [tuple(output.shape) for output in outputs]
         assert shapes == [spec.resolve(axes) for spec in component.spec.outputs]
+
+
+@pytest.mark.parametrize("channels", [9, 8])
+def test_inpainting_is_told_by_its_channels(channels: int, file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(file)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    width = state[key].shape[0]
+    save_file({**state, key: torch.randn(width, channels, 3, 3)}, file)
+    if channels == 8:
+        with pytest.raises(UsageError, match="takes 8 channels"):
+            single_file.load(file, SourceOptions())
+        return
+    model = single_file.load(file, SourceOptions())
+    assert model.task == "inpainting"
+    assert [(entry.source, entry.channels) for entry in model.conditioning.concat] == [
+        ("mask", 1),
+        ("masked_image_latent", 4),
+    ]
+    assert (model.defaults.guidance_scale, model.defaults.strength) == (7.5, 0.9999)
+    unet = next(component for component in model.components if component.spec.name == "unet")
+    assert unet.spec.input("sample").shape[1] == 9
+    assert unet.build is not None
+    arrays = unet.sample_inputs(unet.compare_axes[0], np.random.default_rng(0))
+    with torch.no_grad():
+        output = unet.build()(*(torch.from_numpy(arrays[spec.name]) for spec in unet.spec.inputs))
+    assert tuple(output.shape) == unet.spec.outputs[0].resolve(unet.compare_axes[0])
 
 
 @torch.no_grad()

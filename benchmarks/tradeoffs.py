@@ -26,7 +26,7 @@ from latentedge.runtime.selection import library_version
 from latentedge.runtime.tradeoffs import describe_reuse
 
 #: Intervals that step caching is measured with.
-INTERVALS = (2, 3, 4, 5)
+INTERVALS = (2, 3, 5, 7)
 
 #: Full steps that lie closer at the beginning (above 1) or at the end (below 1): the k-th of n of them is at the share
 #: ``(k / n) ** power`` of the steps (DeepCache, arXiv 2312.00858, spaces its full steps unevenly as well).

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: Timesteps that every component with a ``timestep`` input is compared at: both ends, and between two steps.
 TIMESTEPS = (0.0, 500.25, 999.0)
 SEED = 20240229
+#: What a network raises for inputs or settings that it does not take.
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
@@ -104,9 +106,10 @@ def with_reference(module: torch.nn.Module, component: Component, cases: list[Ca
         try:
             with torch.no_grad():
                 result = module(*arguments)
-        except RuntimeError as error:
+        except FAILURES as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ExportError(
-                f"{component.name}: the original fails with {case.axes}: {str(error).splitlines()[0]}",
+                f"{component.name}: the original fails with {case.axes}: {reason}",
                 hint="the declared axes allow sizes that the network does not take",
             ) from error
         tensors = result if isinstance(result, (tuple, list)) else (result,)

@@ -48,7 +48,13 @@ def load(path: Path | str, options: SourceOptions) -> SourceModel:
     library("diffusers")
     library("transformers")
     folder, messages = (Path(path), ()) if Path(path).is_dir() else _download(str(path))
-    model = _read(folder, options)
+    try:
+        model = _read(folder, options)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise LatentEdgeError(
+            f"a config.json in {folder} lacks a field or has one of another kind: {type(error).__name__}, {error}.",
+            hint="copy or download the whole checkpoint folder again; --debug shows where it was read",
+        ) from error
     return replace(model, messages=(*messages, *model.messages))
 
 

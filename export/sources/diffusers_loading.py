@@ -35,7 +35,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 LISTED_KEYS = 10
 #: What the libraries raise for files that are damaged or of another model.
-READING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+READING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, SafetensorError)
 
 
 @contextlib.contextmanager

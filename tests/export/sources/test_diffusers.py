@@ -374,6 +374,19 @@ def test_weights_of_another_architecture(copied: Path) -> None:
     assert "ignore_mismatched_sizes" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"block_out_channels": None}, {"block_out_channels": 32}, {"down_block_types": ["NoBlock", "DownBlock2D"]}],
+)
+def test_a_configuration_that_describes_no_network(damage: dict[str, Any], copied: Path) -> None:
+    """Refused when it is read or when the network is built, in our words."""
+    file = copied / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    with pytest.raises(LatentEdgeError) as caught:
+        component(source.load(copied, OPTIONS), "unet").build()  # type: ignore[misc]
+    assert str(copied) in caught.value.message
+
+
 def test_missing_parts(copied: Path) -> None:
     shutil.rmtree(copied / "tokenizer")
     model = source.load(copied, OPTIONS)

@@ -10,7 +10,7 @@ from typing import Any
 from latentedge.calibration import html
 from latentedge.calibration.applying import Outcome, Part
 from latentedge.calibration.plan import INT8, BlockPlan, write_atomically
-from latentedge.calibration.presentation import HELD, floors, least, measured_by_precision, result_of
+from latentedge.calibration.presentation import HELD, floors, gain, least, measured_by_precision, result_of
 
 #: Where a bundle keeps the report.
 FOLDER = Path("reports", "calibration")
@@ -94,7 +94,7 @@ def _precisions(part: Part, choice: tuple[str, str, str]) -> str:
                 html.text(floors(row)) if "quality.psnr_db" in row else "",
             )
         )
-    head = ("precision", "ms", "x reference", "against what it has to beat", "verdict", "PSNR dB", "worst", "floors")
+    head = ("precision", "ms", "x reference", "x what it has to beat, 95 %", "verdict", "PSNR dB", "worst", "floors")
     return html.table(head, rows, (1, 2, 5, 6))
 
 
@@ -109,12 +109,16 @@ def _figure(row: dict[str, Any], name: str, factor: float, form: str) -> str:
 
 
 def _blocks(blocks: tuple[BlockPlan, ...]) -> str:
-    """The blocks, the one with the largest error first; bars show shares of the largest error and gain."""
+    """The blocks, the one with the largest error first; bars show shares of the largest error and gain.
+
+    A network without timesteps has no column for the worst of them.
+    """
     ordered = sorted(blocks, key=lambda block: block.sqnr_db if block.sqnr_db is not None else 0.0)
     noise = {block.name: 10 ** (-block.sqnr_db / 10) for block in blocks if block.sqnr_db is not None}
     most = max(noise.values(), default=1.0)
     gains = [block.seconds_saved for block in blocks if block.seconds_saved is not None]
     largest = max([*gains, 1e-9])
+    stepwise = any(block.sqnr_db_by_timestep for block in blocks)
     rows = []
     for block in ordered:
         saved = block.seconds_saved
@@ -123,19 +127,13 @@ def _blocks(blocks: tuple[BlockPlan, ...]) -> str:
                 html.text(block.name),
                 str(len(block.layers)),
                 "" if block.sqnr_db is None else f"{block.sqnr_db:.1f} {html.bar(noise[block.name] / most)}",
-                least(block),
+                *((least(block),) if stepwise else ()),
                 "" if block.psnr_db is None else f"{block.psnr_db:.1f}",
-                "" if saved is None else f"{saved * 1e3:.2f} {html.bar(saved / largest)}",
+                "" if saved is None else f"{gain(block)} {html.bar(saved / largest)}",
                 html.text(block.precision),
                 html.text(block.reason),
             )
         )
-    head = (
-        "block",
-        "layers",
-        "SQNR dB alone, and its noise",
-        "least at timestep",
-        "picture dB alone",
-        "saves ms alone",
-    )
-    return html.table((*head, "decision", "why"), rows, (1, 3, 4))
+    head = ["block", "layers", "SQNR dB alone, and its noise", "picture dB alone", "saves ms alone", "decision", "why"]
+    head[3:3] = ["least SQNR, at timestep"] if stepwise else []
+    return html.table(head, rows, (1, 3, 4) if stepwise else (1, 3))

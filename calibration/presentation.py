@@ -59,19 +59,14 @@ def _console(to_stderr: bool = False) -> Console:
 def explanation(plan: Plan) -> Table:
     """The plan as a table: block, error, gain, decision, why; then the layers that rules keep in float."""
     table = Table(title=f"{plan.component} on {plan.backend} ({plan.precision})")
-    for name, justify in (("block", "left"), ("layers", "right"), ("SQNR dB", "right"), ("least at", "right")):
+    for name, justify in (("block", "left"), ("layers", "right"), ("SQNR dB", "right"), ("least, timestep", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name, justify in (("picture dB", "right"), ("saves ms", "right"), ("decision", "left"), ("why", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for block in plan.blocks:
-        gain = (
-            "-"
-            if block.seconds_saved is None
-            else f"{block.seconds_saved * 1e3:.2f}±{(block.seconds_error or 0) * 1e3:.2f}"
-        )
         table.add_row(
-            block.name, str(len(block.layers)), _decibels(block.sqnr_db), least(block), _decibels(block.psnr_db), gain,
-            block.precision, block.reason,
+            block.name, str(len(block.layers)), _decibels(block.sqnr_db), least(block), _decibels(block.psnr_db),
+            gain(block), block.precision, block.reason,
         )  # fmt: skip
     by_reason: dict[str, int] = {}
     for reason in plan.kept.values():
@@ -82,11 +77,18 @@ def explanation(plan: Plan) -> Table:
 
 
 def least(block: BlockPlan) -> str:
-    """The timestep that a block's error is largest at, with its SQNR in dB; nothing where it was not measured."""
+    """A block's lowest SQNR in dB, and the timestep that it has it at; nothing where it was not measured."""
     if not block.sqnr_db_by_timestep:
         return ""
     timestep, decibels = min(block.sqnr_db_by_timestep, key=lambda pair: pair[1])
-    return f"{timestep:g}: {decibels:.1f}"
+    return f"{decibels:.1f} at {timestep:g}"
+
+
+def gain(block: BlockPlan) -> str:
+    """What a block saves alone, in ms, and the standard error of that."""
+    if block.seconds_saved is None:
+        return "-"
+    return f"{block.seconds_saved * 1e3:.2f} ± {(block.seconds_error or 0) * 1e3:.2f}"
 
 
 def _decibels(value: float | None) -> str:

@@ -145,6 +145,7 @@ def plots(comparison: Comparison) -> bytes:
     left.legend(frameon=False)
     values = [entry.psnr_db for entry in comparison.found]
     right.hist(values, bins="auto" if len(values) > 12 else max(4, len(values)), color="#4477aa", rwidth=0.9)
+    right.margins(y=0.15)
     right.axvline(float(np.mean(values)), color="#222222", linewidth=1.2, linestyle="--")
     right.annotate("mean", (float(np.mean(values)), 1), xycoords=("data", "axes fraction"), xytext=(4, -10),
                    textcoords="offset points")  # fmt: skip

@@ -123,7 +123,7 @@ def test_blocks_that_are_known_are_not_measured_again(
     assert all(len(block.sqnr_db_by_timestep) == 2 for block in plan.blocks)
     assert Plan.load(bundle.path / "calibration" / "plan.json").blocks == plan.blocks
     timestep, decibels = min(plan.blocks[0].sqnr_db_by_timestep, key=lambda pair: pair[1])
-    assert least(plan.blocks[0]) == f"{timestep:g}: {decibels:.1f}"
+    assert least(plan.blocks[0]) == f"{decibels:.1f} at {timestep:g}"
 
 
 def test_ray_missing_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

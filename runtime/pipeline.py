@@ -407,7 +407,10 @@ class Pipeline:
         compvis = self.bundle.schedule.get("dialect") == "compvis"
         if compvis and self._keeps_picture() and run.mask is not None and run.pictures is not None:
             paint = run.mask[..., None]
-            array = np.asarray((1 - paint) * run.pictures + paint * array, np.float32)
+            # To -1..1 and back in float32, as inpaint.py has it: where 8 bits are truncated, the rounding shows.
+            two, one = np.float32(2), np.float32(1)
+            kept = (run.pictures * two - one + one) / two
+            array = np.asarray((1 - paint) * kept + paint * array, np.float32)
         run.timings["decode"] = time.perf_counter() - clock
         seed = run.timings.pop("seed")
         bytes_ = images.to_bytes(array, truncate=compvis)

@@ -165,6 +165,11 @@ def inpainting(drawn: Drawn) -> None:
     predicted = drawn.first_stage.decode(torch.from_numpy(result.latents))
     expected = (1 - hole) * image + hole * ((predicted + 1) / 2).clamp(0, 1)
     assert np.abs(result.array - expected.permute(0, 2, 3, 1).numpy()).mean() < 1e-4
+    # The original takes the kept picture to -1..1 and back before it truncates, which moves some values by one.
+    kept = ((image * 2 - 1 + 1) / 2 * 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    drawn_bytes = np.stack([np.asarray(one) for one in result.images])
+    assert (drawn_bytes[mask == 0] == kept[mask == 0]).all()
+    assert (kept != picture).any()
 
 
 def inpainting_text(drawn: Drawn) -> None:

@@ -25,8 +25,10 @@ from latentedge.benchmarks.processes import MeasuredProcess, python_in
 from latentedge.benchmarks.statistics import Times, compare_rounds
 from latentedge.benchmarks.worker import PROMPT
 from latentedge.runtime.bundle import Bundle, graph_precision
+from latentedge.runtime.engines.base import EngineOptions
 from latentedge.runtime.engines.hoisted import DENOISER, SHALLOW, part_name
 from latentedge.runtime.errors import EngineError
+from latentedge.runtime.generate_command import caching_from
 from latentedge.runtime.machine import machine, usable_cores
 
 HERE = Path(__file__).parent
@@ -83,7 +85,9 @@ def _fits(pin: str) -> bool:
 @click.option("--only", default="", help="Peers whose name holds this.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each.  [default: physical cores]")
 @click.option("--steps", default=4, show_default=True)
-@click.option("--own-interval", default=1, show_default=True, help="Interval of this project's step caching.")
+@click.option(
+    "--own-interval", default="1", show_default=True, help="This project's step caching: every n-th step, or 0,2,5,9."
+)
 @click.option("--rounds", default=5, show_default=True)
 @click.option(
     "--pictures", default=1, show_default=True, help="Rounds in which whole pictures are drawn; 0: steps only."
@@ -164,7 +168,11 @@ def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> No
     backend, precision = options["own"].split(":")
     if graph_precision(precision) == "int8" and not _has(options["bundle"], DENOISER, "int8"):
         _quantise(options["bundle"], SIDES[workload][0], backend, precision, options)
-    prepare_bundle(options["bundle"], graph_precision(precision), caching=options["own_interval"] > 1)
+    prepare_bundle(
+        options["bundle"],
+        graph_precision(precision),
+        caching=EngineOptions(**caching_from(options["own_interval"])).caching,
+    )
 
 
 def prepare_bundle(path: Path, precision: str, *, caching: bool) -> None:
@@ -237,7 +245,7 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
             backend=backend,
             precision=precision,
             request=request,
-            options={"threads": threads, "cache_interval": options["own_interval"]},
+            options={"threads": threads, **caching_from(options["own_interval"])},
             only=None if options["pictures"] else {"unet": axes},
         )
         message["pictures"] = bool(options["pictures"])

@@ -19,7 +19,14 @@ FIRST_STAGES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 #: How long the hub may take to answer what a repository holds.
 HUB_SECONDS = 10
-HUB_FILES = ("model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json", "*/*.index.json")
+HUB_FILES = (
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer*/*",
+    "*/config.json",
+    "*/*.index.json",
+    "*/*.index.*.json",
+)
 
 
 def matches(path: Path | str, options: SourceOptions) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import inspect
 import json
 import shutil
@@ -426,6 +427,14 @@ def test_what_is_downloaded_of_several_sets_of_weights(part: str, taken: list[st
     found = source._weight_files([f"{part}/{name}" for name in names])
     if part == "unet":
         assert found == ["unet/diffusion_pytorch_model.safetensors"]
+
+
+def test_the_list_of_weights_in_parts_is_downloaded(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    for variant in (None, "fp16"):
+        folders["sd"][1].unet.save_pretrained(tmp_path / "unet", max_shard_size="200KB", variant=variant)
+    lists = [f"unet/{path.name}" for path in (tmp_path / "unet").glob("*.index*.json")]
+    assert len(lists) == 2
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in source.HUB_FILES) for name in lists)
 
 
 def test_channels_that_do_not_fit_the_class(copied: Path) -> None:

@@ -39,6 +39,7 @@ from latentedge.benchmarks.int8_common import (
     write_plan,
 )
 from latentedge.runtime.bundle import Array
+from latentedge.runtime.errors import EngineError
 
 Inputs = list[dict[str, Array]]
 
@@ -210,12 +211,14 @@ def main(
         for number, (label, (_, ending, _)) in enumerate(chosen.items()):
             graph = scratch / f"tool{number}{ending}"
             spent = in_own_process(label, original, recorded, graph, model_optimizer)
-            if spent is not None and graph.is_file():
-                rows.append(
-                    dataclasses.replace(
-                        judge.row(label, graph, timed=True), seconds=spent["seconds"], peak_mib=spent["peak_mib"]
-                    )
-                )
+            if spent is None or not graph.is_file():
+                continue
+            try:
+                row = judge.row(label, graph, timed=True)
+            except EngineError as error:
+                click.echo(f"{label} wrote a graph that is not run: {' '.join(error.message.split())}", err=True)
+                continue
+            rows.append(dataclasses.replace(row, seconds=spent["seconds"], peak_mib=spent["peak_mib"]))
         _add_calibrated(setting, judge, rows)
     print_rows(rows, output)
 

@@ -216,7 +216,7 @@ def choose_blocks(plan: Plan, material: Material, target: Target, progress: Prog
             closest = chosen
             more = dataclasses.replace(material, scene=material.confirming(), confirming=None)
             kept = [block for block in plan.blocks if block.name in chosen]
-            chosen = _longest(plan, sorted(kept, key=_noise), more, tried, progress, skips=0)
+            chosen = _longest(plan, sorted(kept, key=_noise), more, tried, progress)
         if chosen:
             decided = tuple(_decided(block, chosen, harmful, plan.floor_db) for block in plan.blocks)
             return dataclasses.replace(plan, precision=precision, blocks=decided)
@@ -262,16 +262,15 @@ def _longest(
     material: Material,
     target: Target,
     progress: Progress,
-    skips: int = SKIPS,
 ) -> frozenset[str]:
-    """As many of ``blocks`` as hold the floor, in their order; about ``skips`` that break it are left out on the way.
+    """As many of ``blocks`` as hold the floor, in their order; about SKIPS that break it are left out on the way.
 
     The block that breaks it is found by bisection: all of them first, because most models hold the floor with every
     block in INT8.
     """
     order = [block.name for block in blocks]
     chosen: list[str] = []
-    trials = (1 + skips) * (len(order).bit_length() + 1)
+    trials = (1 + SKIPS) * (len(order).bit_length() + 1)
     attempt = 0
     while order and attempt < trials:
         low, high, all_of_them = 0, len(order), True

@@ -195,6 +195,9 @@ def test_more_pictures_confirm_the_plan(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose(monkeypatch, blocks, few, 30).quantised_blocks() == {"good", "lucky"}
     more = {"good": 50.0, "lucky": 25.0}
     assert choose(monkeypatch, blocks, few, 30, confirmed=more).quantised_blocks() == {"good"}
+    # The first one in the order breaks the floor in more pictures: those behind it are tried without it.
+    unlucky = {"good": 20.0, "lucky": 45.0}
+    assert choose(monkeypatch, blocks, few, 30, confirmed=unlucky).quantised_blocks() == {"lucky"}
     # None holds the floor: what came closest is written for those who ask for it, not everything.
     blocks, few = [*blocks, block("ruinous", 20, 0.01)], few | {"ruinous": 10.0}
     refused = choose(monkeypatch, blocks, few, 30, confirmed={"good": 20.0, "lucky": 20.0, "ruinous": 5.0})

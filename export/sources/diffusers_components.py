@@ -32,17 +32,27 @@ def halvings(config: Mapping[str, Any]) -> int:
     return len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1
 
 
-def latent_axes(size: tuple[int, int], smallest: int, batch: Axis, largest: int = COMPARED_SIDE) -> dict[str, Axis]:
+def latent_axes(
+    size: tuple[int, int], smallest: int, batch: Axis, largest: int = COMPARED_SIDE, multiple: int = 1
+) -> dict[str, Axis]:
     """Batch and latent sides: tuned for ``size``, allowed up to twice that and at least up to ``largest``.
 
     Any side is taken, as diffusers takes it: upsampling restores the size that was halved (``diffusers_modules.py``).
+    Networks that resample in other ways take multiples of ``multiple``.
     """
-    smallest = min(smallest, *size)
+    smallest = max(min(smallest, *size), multiple)
+    height, width = (max(side // multiple, 1) * multiple for side in size)
     return {
         "batch": batch,
-        "latent_height": Axis(smallest, size[0], max(2 * size[0], largest)),
-        "latent_width": Axis(smallest, size[1], max(2 * size[1], largest)),
+        "latent_height": Axis(smallest, height, max(2 * height, largest), multiple),
+        "latent_width": Axis(smallest, width, max(2 * width, largest), multiple),
     }
+
+
+def side_multiple(config: Mapping[str, Any]) -> int:
+    """What a UNet's sides must be multiples of: more than 1 where a level resamples by a filter or a kernel of its own."""
+    blocks = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+    return 2 ** halvings(config) if any("Skip" in name or name.startswith("K") for name in blocks) else 1
 
 
 def compared_axes(axes: Mapping[str, Axis]) -> tuple[dict[str, int], tuple[dict[str, int], ...]]:
@@ -53,12 +63,20 @@ def compared_axes(axes: Mapping[str, Axis]) -> tuple[dict[str, int], tuple[dict[
     width = min(axes["latent_width"].opt, COMPARED_SIDE)
     # Not the smallest size: group norms over the few pixels of a 1 x 1 level tell nothing about an export.
     low, narrow = (min(2 * axes[name].min, axes[name].opt) for name in ("latent_height", "latent_width"))
+    multiple = axes["latent_height"].multiple
     traced = {"batch": 2, "latent_height": height, "latent_width": max(width * 3 // 4, narrow)}
     others = (
         {"batch": 1, "latent_height": max(height * 3 // 4, low), "latent_width": width},
-        {"batch": 3, "latent_height": low + 1, "latent_width": max(width // 2, narrow) + 3},
+        {"batch": 3, "latent_height": low + multiple, "latent_width": max(width // 2, narrow) + 3 * multiple},
     )
-    return traced, others
+    return _rounded(traced, multiple), tuple(_rounded(other, multiple) for other in others)
+
+
+def _rounded(lengths: dict[str, int], multiple: int) -> dict[str, int]:
+    """Sides rounded down to what the network takes; the batch as it is."""
+    return {
+        name: length if name == "batch" else max(length // multiple, 1) * multiple for name, length in lengths.items()
+    }
 
 
 def _source(part: Part, spec: Component, build: Any, sample_inputs: Any) -> ComponentSource:
@@ -77,7 +95,7 @@ def unet_component(
 ) -> ComponentSource:
     """The denoiser; ``conditions`` are its inputs after sample and timestep, with their shapes without the batch."""
     config = part.config
-    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH, largest)
+    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH, largest, side_multiple(config))
     sides = ("latent_height", "latent_width")
     inputs = [
         TensorSpec("sample", "float32", ("batch", int(config["in_channels"]), *sides)),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentedge.export.sources.diffusers_components import side_multiple
 from latentedge.export.sources.diffusers_modules import made_exportable
 
 
@@ -17,7 +18,7 @@ class UnconditionalUNet(nn.Module):
         super().__init__()
         self.sizes: list[torch.Size] = []
         self.whole_timesteps = unet.config.time_embedding_type == "learned"
-        self.unet = made_exportable(unet, self.sizes)
+        self.unet = made_exportable(unet, self.sizes if side_multiple(unet.config) == 1 else None)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """The predicted noise, velocity or sample, as large as the latent."""
@@ -37,7 +38,7 @@ class ConditionalUNet(nn.Module):
         # diffusers compares the latent's size with 2**num_upsamplers to choose how to upsample. Here the upsampling
         # knows its size, and no comparison may fix a dynamic axis.
         unet.num_upsamplers = 0
-        self.unet = made_exportable(unet, self.sizes)
+        self.unet = made_exportable(unet, self.sizes if side_multiple(unet.config) == 1 else None)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[batch, channels, height, width], [batch] and [batch, tokens, width] to the model's output."""

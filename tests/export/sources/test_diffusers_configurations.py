@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import CLIPTokenizer
@@ -142,6 +143,34 @@ def test_a_large_picture_is_enlarged_whole(tmp_path: Path, recorder: Recorder) -
     ours = torch_pipeline(source.load(tmp_path / "model", SourceOptions()), tmp_path / "bundle")
     call = {"num_inference_steps": 1, "image": picture(96).resize((96, 64))}
     compare(Case("ldm-superres", call, latents=None, draws=1), theirs, ours, recorder)
+
+
+def test_sides_of_a_unet_that_resamples_by_filters(tmp_path: Path) -> None:
+    """It takes whole halvings only: so are the sides that are declared and compared."""
+    torch.manual_seed(1)
+    blocks = {
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        "block_out_channels": (32, 32, 64),
+        "sample_size": 10,
+    }
+    ldm(**blocks).save_pretrained(tmp_path)
+    model = source.load(tmp_path, SourceOptions())
+    part = next(component for component in model.components if component.spec.name == "unet")
+    assert part.build is not None
+    network = part.build()
+    every = (part.trace_axes, *part.compare_axes)
+    for name in ("latent_height", "latent_width"):
+        axis = part.spec.axes[name]
+        lengths = {axes[name] for axes in every}
+        assert (axis.min, axis.opt, axis.multiple) == (4, 8, 4)
+        assert len(lengths) > 1
+        assert all(length % 4 == 0 for length in lengths)
+    for axes in every:
+        inputs = part.sample_inputs(axes, np.random.default_rng(0))
+        with torch.no_grad():
+            output = network(*(torch.from_numpy(inputs[spec.name]) for spec in part.spec.inputs))
+        assert tuple(output.shape) == part.spec.outputs[0].resolve(axes)
 
 
 @pytest.mark.parametrize(

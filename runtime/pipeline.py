@@ -339,6 +339,9 @@ class Pipeline:
             )
             for entry in entries
         ]
+        asked = next((part.shape[2:] for part in parts if part.shape[2:] != (height, width)), None)
+        if asked is not None:
+            raise UsageError(f"latents: this picture or map takes sides {list(asked)}, found {[height, width]}.")
         return np.concatenate([repeated(part, run.count, "image") for part in parts], axis=1)
 
     def _keeps_picture(self) -> bool:

@@ -88,6 +88,15 @@ def test_a_picture_of_any_size_is_continued_by_its_border_and_cut_again(height: 
     assert (result.latents == expected.latents).all()
 
 
+@pytest.mark.parametrize("sides", [(13, 18), (12, 16), (20, 20)])
+def test_latents_of_another_size_than_the_picture_are_refused(sides: tuple[int, int]) -> None:
+    image = np.zeros((1, 13, 18, 3), np.uint8)
+    with pytest.raises(UsageError, match=r"takes sides \[16, 20\], found"):
+        super_resolution(LocalUnet()).generate(
+            image=image, latents=np.zeros((1, 4, *sides)), steps=2, guidance_scale=1.0
+        )
+
+
 def test_a_network_without_reach_gives_the_same_in_tiles() -> None:
     def unet(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         sample = inputs["sample"]

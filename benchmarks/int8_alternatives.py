@@ -185,7 +185,7 @@ def main(
         return
     setting = Setting.of(path, samples, steps, pictures, prompts)
     folder = setting.bundle.variant("unet", "fp32")[0].parent
-    rows: list[Row] = []
+    judged: list[tuple[Row, Path]] = []
     with TemporaryDirectory(dir=folder, prefix=".alternatives-") as name:
         scratch = Path(name)
         clock = Clock()
@@ -194,13 +194,7 @@ def main(
         ours = write_plan(setting.bundle, plan, evidence, scratch / "ours.onnx")
         cost = clock.cost()
         judge = Judge(setting, probes)
-        rows.append(
-            dataclasses.replace(
-                judge.row("latentedge, no layer kept back", ours, timed=True),
-                seconds=cost["seconds"],
-                peak_mib=cost["peak_mib"],
-            )
-        )
+        judged.append((dataclasses.replace(judge.row("latentedge, no layer kept back", ours), **cost), ours))
         recorded = scratch / "inputs.npz"
         entries = {
             f"{i}/{name}": array for i, entry in enumerate(recorded_inputs(setting)) for name, array in entry.items()
@@ -214,21 +208,15 @@ def main(
             if spent is None or not graph.is_file():
                 continue
             try:
-                row = judge.row(label, graph, timed=True)
+                judged.append((dataclasses.replace(judge.row(label, graph), **spent), graph))
             except EngineError as error:
                 click.echo(f"{label} wrote a graph that is not run: {' '.join(error.message.split())}", err=True)
-                continue
-            rows.append(dataclasses.replace(row, seconds=spent["seconds"], peak_mib=spent["peak_mib"]))
-        _add_calibrated(setting, judge, rows)
+        variants = setting.bundle.component("unet").variants
+        if "int8" in variants:
+            graph = setting.bundle.file(variants["int8"].path)
+            judged.append((judge.row("latentedge calibrate, as planned", graph), graph))
+        rows = judge.timed(judged)
     print_rows(rows, output)
-
-
-def _add_calibrated(setting: Setting, judge: Judge, rows: list[Row]) -> None:
-    """The graph that ``latentedge calibrate`` chose, where the bundle has one."""
-    variants = setting.bundle.component("unet").variants
-    if "int8" in variants:
-        graph = setting.bundle.file(variants["int8"].path)
-        rows.append(judge.row("latentedge calibrate, as planned", graph, timed=True))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import resource
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from latentedge.calibration.records import Probe
 from latentedge.calibration.requests import read_prompts, requests
 from latentedge.calibration.scene import Studio, Target
 from latentedge.runtime.bundle import Array, Bundle
-from latentedge.runtime.engines import Engine, EngineOptions
+from latentedge.runtime.engines import Engine, EngineOptions, open_engine
 from latentedge.runtime.pipeline import Pipeline
 
 #: Threads of every engine: all rows of a table are measured alike.
@@ -161,6 +162,7 @@ class Row:
     ratio_low: float | None = None
     seconds: float | None = None
     peak_mib: float | None = None
+    processor_seconds: float | None = None
 
 
 class Judge:
@@ -173,46 +175,58 @@ class Judge:
         with Studio(setting.bundle, self.target) as studio:
             self.reference: Drawn = studio.drawn(None, setting.held_out())
 
-    def row(self, name: str, graph: Path, *, timed: bool = False, bundle: Bundle | None = None) -> Row:
-        """A graph's pictures and output SQNR, and its speed against fp32 in the same rounds."""
-        bundle = with_graph(bundle or self.setting.bundle, graph)
+    def row(self, name: str, graph: Path) -> Row:
+        """A graph's pictures and output SQNR."""
+        bundle = with_graph(self.setting.bundle, graph)
         with ExitStack() as stack:
-            wanted = ["fp32", self.setting.precision] if timed else [self.setting.precision]
-            engines = gate.open_precisions(stack, bundle, "unet", self.target, wanted, print)
-            engine = engines[self.setting.precision]
+            engine = self._opened(stack, bundle, self.setting.precision)
             studio = stack.enter_context(Studio(bundle, self.target))
             studio.precision = "fp32"
             drawn = studio.drawn(engine, self.setting.held_out())
             mean, worst = summary(differences(self.reference, drawn))
             sqnr_db = gate.mean_sqnr(self.probes, gate.outputs_of(engine, self.probes))
-            speed = None
-            if timed:
-                times = in_turns(engines, self.probes[0].inputs, 12.0)
-                speed = ratio(times["fp32"], times[self.setting.precision])
-        return Row(name, mean, worst, sqnr_db, speed.ratio if speed else None, speed.low if speed else None)
+        return Row(name, mean, worst, sqnr_db)
+
+    def timed(self, rows: Sequence[tuple[Row, Path]]) -> list[Row]:
+        """The rows with their graphs' speed against fp32; all in the same rounds, so that load falls on all alike."""
+        found = []
+        with ExitStack() as stack:
+            engines = {"": self._opened(stack, self.setting.bundle, "fp32")}
+            for row, graph in rows:
+                engines[row.name] = self._opened(stack, with_graph(self.setting.bundle, graph), self.setting.precision)
+            times = in_turns(engines, self.probes[0].inputs, 4.0 * len(engines))
+            for row, _ in rows:
+                speed = ratio(times[""], times[row.name])
+                found.append(dataclasses.replace(row, ratio=speed.ratio, ratio_low=speed.low))
+        return found
+
+    def _opened(self, stack: ExitStack, bundle: Bundle, precision: str) -> Engine:
+        return stack.enter_context(open_engine(bundle, "unet", self.target.backend, precision, self.target.options))
 
 
 class Clock:
     """Seconds and peak memory of what runs between entering and :meth:`cost`."""
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
+        self.start, self.processor = time.perf_counter(), time.process_time()
 
     def cost(self) -> dict[str, float]:
-        """Seconds since the start, and this process's peak resident memory in MiB."""
+        """Seconds since the start, by the clock and of the processor, and this process's peak resident memory in MiB."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {"seconds": time.perf_counter() - self.start, "peak_mib": peak}
+        spent = time.process_time() - self.processor
+        return {"seconds": time.perf_counter() - self.start, "peak_mib": peak, "processor_seconds": spent}
 
 
 def print_rows(rows: list[Row], output: Path | None) -> None:
     """The table on stdout, and as JSON where a file is named."""
-    print(f"{'':34s} {'PSNR':>6s} {'worst':>6s} {'SQNR':>6s} {'x fp32':>7s} {'>=':>5s} {'s':>7s} {'MiB':>6s}")  # noqa: T201
+    head = f"{'':34s} {'PSNR':>6s} {'worst':>6s} {'SQNR':>6s} {'x fp32':>7s} {'>=':>5s} {'s':>7s} {'cpu s':>7s} {'MiB':>6s}"
+    print(head)  # noqa: T201
     for row in rows:
-        cells = [row.ratio, row.ratio_low, row.seconds, row.peak_mib]
+        cells = [row.ratio, row.ratio_low, row.seconds, row.processor_seconds, row.peak_mib]
         texts = ["-" if cell is None else f"{cell:.2f}" if cell < 100 else f"{cell:.0f}" for cell in cells]
         print(  # noqa: T201
             f"{row.name:34s} {row.psnr_db:6.2f} {row.psnr_worst_db:6.2f} {row.sqnr_db:6.2f} "
-            f"{texts[0]:>7s} {texts[1]:>5s} {texts[2]:>7s} {texts[3]:>6s}"
+            f"{texts[0]:>7s} {texts[1]:>5s} {texts[2]:>7s} {texts[3]:>7s} {texts[4]:>6s}"
         )
     if output is not None:
         output.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

@@ -182,6 +182,8 @@ def repeated(array: Array, count: int, name: str) -> Array:
 def _as_ids(array: Array) -> Array:
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise UsageError(f"token ids must be integers [N, length], found {array.dtype} {list(array.shape)}.")
+    if array.size and array.min() < 0:  # which graphs would count from the end of their table
+        raise UsageError(f"token ids are counted from 0, found {array.min()}.")
     return array.astype(np.int64)
 
 

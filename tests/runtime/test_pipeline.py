@@ -289,6 +289,7 @@ def test_interleaved_runs_do_not_mix_their_prompts() -> None:
         ({"image": np.zeros((32, 32, 4), np.uint8)}, r"expected \[N, H, W, 3\]"),
         ({"latents": LATENTS[:, :3]}, r"latents: expected"),
         ({"prompt_ids": IDS.astype(np.float32)}, "token ids must be integers"),
+        ({"prompt_ids": IDS - 2}, "counted from 0, found -1"),
         ({"noise": np.zeros((1, 2, 4, 8, 8)), "eta": 1.0, "latents": LATENTS}, "holds 1 draws"),
         ({"rng": "dice"}, "dice"),
     ],

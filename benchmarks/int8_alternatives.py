@@ -11,7 +11,6 @@ evaluations.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -36,6 +35,7 @@ from latentedge.benchmarks.int8_common import (
     print_rows,
     recorded_inputs,
     stacked,
+    with_cost,
     write_plan,
 )
 from latentedge.runtime.bundle import Array
@@ -194,7 +194,7 @@ def main(
         ours = write_plan(setting.bundle, plan, evidence, scratch / "ours.onnx")
         cost = clock.cost()
         judge = Judge(setting, probes)
-        judged.append((dataclasses.replace(judge.row("latentedge, no layer kept back", ours), **cost), ours))
+        judged.append((with_cost(judge.row("latentedge, no layer kept back", ours), cost), ours))
         recorded = scratch / "inputs.npz"
         entries = {
             f"{i}/{name}": array for i, entry in enumerate(recorded_inputs(setting)) for name, array in entry.items()
@@ -208,7 +208,7 @@ def main(
             if spent is None or not graph.is_file():
                 continue
             try:
-                judged.append((dataclasses.replace(judge.row(label, graph), **spent), graph))
+                judged.append((with_cost(judge.row(label, graph), spent), graph))
             except EngineError as error:
                 click.echo(f"{label} wrote a graph that is not run: {' '.join(error.message.split())}", err=True)
         variants = setting.bundle.component("unet").variants

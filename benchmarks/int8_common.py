@@ -6,7 +6,7 @@ import dataclasses
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +163,13 @@ class Row:
     seconds: float | None = None
     peak_mib: float | None = None
     processor_seconds: float | None = None
+
+
+def with_cost(row: Row, cost: Mapping[str, float]) -> Row:
+    """The row with what :meth:`Clock.cost` gave."""
+    return dataclasses.replace(
+        row, seconds=cost["seconds"], peak_mib=cost["peak_mib"], processor_seconds=cost["processor_seconds"]
+    )
 
 
 class Judge:

@@ -82,7 +82,7 @@ def worst_low(values: Sequence[float], most: float) -> float:
         return worst
     usual = np.minimum(np.asarray(values, np.float64), most)
     away = student_quantile(1 - WORSE / FORESEEN, count - 1) * float(usual.std(ddof=1)) * (1 + 1 / count) ** 0.5
-    return min(worst, float(usual.mean()) - away)
+    return float(min(worst, float(usual.mean()) - away))
 
 
 def student_quantile(share: float, freedom: int) -> float:
@@ -97,7 +97,7 @@ def student_quantile(share: float, freedom: int) -> float:
         (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
         (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
     )
-    return x + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+    return float(x + sum(term / freedom ** (power + 1) for power, term in enumerate(terms)))
 
 
 def frechet_distance(first: Array, second: Array) -> float:

@@ -66,7 +66,7 @@ def _joined(entries: list[TensorStatistics]) -> dict[str, Array]:
     """The statistics of several tensors: ``present`` bins and ``channels`` of each, and its tables' rows by its index."""
     bins = [np.flatnonzero(entry.counts) for entry in entries]
     counts = np.concatenate([entry.counts[present] for entry, present in zip(entries, bins, strict=True)] or [_NONE])
-    arrays = {
+    arrays: dict[str, Array] = {
         "present": np.array([len(present) for present in bins], np.int64),
         "channels": np.array([entry.channel_amax.size for entry in entries], np.int64),
         "bins": np.concatenate(bins or [_NONE]).astype(np.uint16),

@@ -20,7 +20,7 @@ class PromptTokenizer:
         if record is None:
             raise UsageError(
                 "this bundle has no tokenizer, so it cannot read a prompt.",
-                hint="pass prompt_ids, and with guidance negative_prompt_ids, or export the checkpoint again with `--tokenizer DIR|ID`",
+                hint="pass prompt_ids, with guidance negative_prompt_ids too, or export again with `--tokenizer DIR|ID`",
             )
         path = bundle.file(record.path)
         try:

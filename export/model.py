@@ -35,6 +35,8 @@ class ComponentSource:
     #: Axis lengths to trace with, and further ones to compare on (other batch sizes and picture sizes).
     trace_axes: dict[str, int] = field(default_factory=dict)
     compare_axes: tuple[dict[str, int], ...] = ()
+    #: The lowest timestep that the network takes; some take its logarithm.
+    lowest_timestep: float = 0.0
     onnx_files: dict[str, Path] = field(default_factory=dict)
     #: Changes a graph of ``onnx_files`` in place, so that it takes and gives what ``spec`` declares.
     adapt: Callable[[ir.Model], None] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,10 @@ def unet_component(
     def sample_inputs(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
         return {entry.name: _unet_input(entry, lengths, random) for entry in inputs}
 
-    return _source(part, spec, builder(part, wrap, loras), sample_inputs)
+    # UNet2DModel's Fourier features are of the timestep's logarithm.
+    logarithmic = part.kind == "UNet2DModel" and config.get("time_embedding_type") == "fourier"
+    source = _source(part, spec, builder(part, wrap, loras), sample_inputs)
+    return replace(source, lowest_timestep=1.0) if logarithmic else source
 
 
 def _unet_input(spec: TensorSpec, lengths: Mapping[str, int], random: np.random.Generator) -> Array:

@@ -21,6 +21,7 @@ from transformers import CLIPTokenizer
 
 from latentedge.export.bundle_writer import write_json
 from latentedge.export.model import SourceOptions
+from latentedge.export.parity import cases_without_reference, with_reference
 from latentedge.export.sources import diffusers as source
 from latentedge.runtime.errors import LatentEdgeError
 from latentedge.runtime.samplers import SAMPLERS
@@ -171,6 +172,18 @@ def test_sides_of_a_unet_that_resamples_by_filters(tmp_path: Path) -> None:
         with torch.no_grad():
             output = network(*(torch.from_numpy(inputs[spec.name]) for spec in part.spec.inputs))
         assert tuple(output.shape) == part.spec.outputs[0].resolve(axes)
+
+
+def test_a_unet_of_the_timesteps_logarithm_is_not_compared_at_zero(tmp_path: Path) -> None:
+    """The original gives no numbers there."""
+    torch.manual_seed(1)
+    ldm(time_embedding_type="fourier").save_pretrained(tmp_path)
+    model = source.load(tmp_path, SourceOptions())
+    part = next(component for component in model.components if component.spec.name == "unet")
+    assert part.build is not None
+    cases = cases_without_reference(part)
+    assert min(float(case.inputs["timestep"].min()) for case in cases) == 1.0
+    assert len(list(with_reference(part.build(), part.spec, cases))) == len(cases) > 4
 
 
 @pytest.mark.parametrize(

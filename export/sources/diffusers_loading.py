@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import logging
+import pickle
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,7 +36,18 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 LISTED_KEYS = 10
 #: What the libraries raise for files that are damaged or of another model.
-READING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, SafetensorError)
+READING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 @contextlib.contextmanager

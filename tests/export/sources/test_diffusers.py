@@ -358,6 +358,34 @@ def test_truncated_weights(copied: Path) -> None:
         part.build()
 
 
+class _Harmful:
+    """A pickle that would write a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")]
+)
+def test_pickles_are_read_without_running_them(part: str, name: str, copied: Path, tmp_path: Path) -> None:
+    for file in (copied / part).glob("*.safetensors"):
+        file.unlink()
+    for damage in ("harmful", "truncated"):
+        torch.save({"weight": _Harmful(tmp_path / "ran")}, copied / part / name)
+        if damage == "truncated":
+            (copied / part / name).write_bytes((copied / part / name).read_bytes()[:40])
+        read = component(source.load(copied, OPTIONS), part)
+        assert read.build is not None
+        with pytest.raises(LatentEdgeError, match="cannot be loaded") as caught:
+            read.build()
+        assert "\n" not in caught.value.message
+    assert not (tmp_path / "ran").exists()
+
+
 def test_weights_of_another_architecture(copied: Path) -> None:
     file = copied / "unet" / "config.json"
     config = json.loads(file.read_text())

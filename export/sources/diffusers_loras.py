@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,6 @@ from latentedge.export.sources.diffusers_loading import (
     quiet,
 )
 from latentedge.runtime.errors import LatentEdgeError
-
-#: Alphas that a message lists.
-LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,27 @@ def lora_targets(lora: Lora, components: Sequence[str]) -> tuple[str, ...]:
 
 
 def mixed_alphas(lora: Lora) -> str | None:
-    """A message where a LoRA's layers have different alphas, which diffusers merges with the commonest of them."""
+    """A message where layers have alphas that diffusers does not apply.
+
+    It gives the commonest alpha of a UNet to all of its attention layers, that of a text encoder to all of its layers.
+    """
     _, alphas, _ = lora.tensors()
-    found = sorted({float(alpha) for alpha in (alphas or {}).values()})
-    if len(found) < 2:
+    parts: dict[str, dict[str, float]] = {}
+    for key, alpha in (alphas or {}).items():
+        parts.setdefault(key.partition(".")[0], {})[key] = float(alpha)
+    others = 0
+    for part, found in parts.items():
+        ((commonest, _),) = Counter(found.values()).most_common(1)
+        others += sum(
+            alpha != commonest
+            for key, alpha in found.items()
+            if part.startswith("text_encoder") or ".processor." in key
+        )
+    if not others:
         return None
-    listed = ", ".join(f"{alpha:g}" for alpha in found[:LISTED])
     return (
-        f"{lora.path.name} gives its layers {len(found)} alphas ({listed}): it is merged as diffusers does, "
-        "with the commonest one for all"
+        f"{lora.path.name}: {others} layers have another alpha than most; as in diffusers, they are merged with the "
+        "commonest one"
     )
 
 

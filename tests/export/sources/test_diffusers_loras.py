@@ -158,13 +158,31 @@ def test_a_convolution_and_a_negative_weight(tmp_path: Path) -> None:
 
 
 def test_layers_of_different_alphas_are_said(tmp_path: Path) -> None:
+    """Attention layers are merged with the commonest alpha, as diffusers does it; others keep theirs."""
     kind = type(diffusers_models.save("sd", tmp_path / "model"))
     lora = kohya_named(write_lora(kind, kind.from_pretrained(tmp_path / "model"), tmp_path / "lora", ()))
-    state = load_file(lora)
-    key = next(name for name in state if name.endswith(".alpha"))
-    save_file({**state, key: torch.tensor(4.0)}, lora)
-    messages = source.load(tmp_path / "model", SourceOptions(loras=((lora, 1.0),))).messages
-    assert any("2 alphas (4, 8)" in message for message in messages)
+    original = load_file(lora)
+    for layer, said in (("to_q", True), ("conv1", False)):
+        changed = next(name for name in original if name.endswith(f"{layer}.alpha"))
+        save_file({**original, changed: torch.tensor(4.0)}, lora)
+        model = source.load(tmp_path / "model", SourceOptions(loras=((lora, 1.0),)))
+        assert any("1 layers have another alpha" in message for message in model.messages) == said
+        part = next(entry for entry in model.components if entry.spec.name == "unet")
+        assert part.build is not None
+        theirs = kind.from_pretrained(tmp_path / "model", safety_checker=None)
+        layers = dict(theirs.unet.named_modules())
+        key = changed.removesuffix(".alpha")
+        (name,) = [entry for entry in layers if f"lora_unet_{entry.replace('.', '_')}" == key]
+        weight = layers[name].weight.detach().clone()
+        up, down = original[f"{key}.lora_up.weight"], original[f"{key}.lora_down.weight"]
+        alpha = 8.0 if said else 4.0
+        expected = weight + alpha / 4 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        torch.testing.assert_close(dict(part.build().unet.named_modules())[name].weight, expected, rtol=1e-5, atol=1e-6)
+        theirs.load_lora_weights(lora)
+        theirs.fuse_lora()
+        theirs.unload_lora_weights()
+        fused = dict(theirs.unet.named_modules())[name].weight
+        torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_two_loras_add_up(tmp_path: Path) -> None:

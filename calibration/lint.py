@@ -61,7 +61,7 @@ def lint(model: ir.Model, *, quantised_outputs: bool = False) -> list[Finding]:
         if node.op_type == "QuantizeLinear":
             findings += _source(node, quantised_outputs)
         if node.op_type in WEIGHTED:
-            findings += _layer(node)
+            findings += _layer(node, quantised_outputs)
     return findings
 
 
@@ -174,12 +174,17 @@ def _reaches_layer(node: ir.Node) -> bool:
     return False
 
 
-def _layer(node: ir.Node) -> list[Finding]:
-    """A layer is INT8 on both sides or on none, with its weight's scales along the output channels."""
+def _layer(node: ir.Node, quantised_outputs: bool) -> list[Finding]:
+    """A layer is INT8 on both sides or on none, with its weight's scales along the output channels.
+
+    A float layer may read a convolution's output that is quantised for that convolution's sake.
+    """
     weight = node.inputs[1].producer() if node.inputs[1] is not None else None
     data = node.inputs[0].producer() if node.inputs[0] is not None else None
     quantised = weight is not None and weight.op_type == "DequantizeLinear"
     activation = data is not None and data.op_type == "DequantizeLinear"
+    if activation and not quantised and quantised_outputs and data is not None and _is_output(data):
+        return []
     if quantised != activation:
         side = "weight" if quantised else "activation"
         return [Finding(_name(node), "both sides or none", f"only its {side} is quantised")]
@@ -195,6 +200,13 @@ def _layer(node: ir.Node) -> list[Finding]:
             Finding(_name(node), "scales by output channel", f"its weight's scales lie along another axis than {axis}")
         ]
     return []
+
+
+def _is_output(dequantise: ir.Node) -> bool:
+    """Whether a DQ gives back what a convolution in INT8 made."""
+    quantise = dequantise.inputs[0].producer() if dequantise.inputs[0] is not None else None
+    made = quantise.inputs[0].producer() if quantise is not None and quantise.inputs[0] is not None else None
+    return made is not None and made.op_type == "Conv" and is_quantised_weight(made.inputs[1])
 
 
 def _small(node: ir.Node, weight: ir.Node) -> str | None:

@@ -122,6 +122,16 @@ def denoiser(seed: int = 0, outlier: float = 1.0) -> Any:
     return _model(b, {"sample": ["batch", 4, "h", "w"], "timestep": ["batch"]}, "out_sample")
 
 
+def chain() -> Any:
+    """Four convolutions that read each other's outputs, without anything in between."""
+    b = Builder()
+    first = b.conv("conv_in", "sample", 4, WIDTH)
+    second = b.conv("down.0.res.0.conv", first, WIDTH, WIDTH)
+    b.conv("conv_out", b.conv("down.1.res.0.conv", second, WIDTH, WIDTH), WIDTH, 4)
+    b.nodes[-1].output[0] = "out_sample"
+    return _model(b, {"sample": ["batch", 4, "h", "w"]}, "out_sample")
+
+
 def decoder(width: int = 0) -> Any:
     """``latent_sample`` to a picture of the same size; with ``width`` through a residual block of that many channels."""
     b = Builder(1)

@@ -22,7 +22,7 @@ from latentedge.calibration.plan import ActivationPlan, BlockPlan, Plan
 from latentedge.calibration.quantise import Evidence, quantise
 from latentedge.calibration.weights import quantise_weight
 from latentedge.runtime.errors import LatentEdgeError
-from tests.calibration.graphs import SIZE, denoiser
+from tests.calibration.graphs import SIZE, WIDTH, chain, denoiser
 
 
 def graph(outlier: float = 1.0) -> ir.Model:
@@ -355,6 +355,22 @@ def test_the_linter_names_the_node_that_breaks_a_rule(change: str) -> None:
     model, node = broken(change)
     findings = lint(model)
     assert (node, CHANGES[change]) in {(finding.node, finding.rule) for finding in findings}, list(map(str, findings))
+
+
+def test_a_float_layer_may_read_an_output_that_is_quantised() -> None:
+    """A downsampling convolution in INT8 for ONNX Runtime, and a shortcut that stays float behind it."""
+    model = ir.from_proto(chain())
+    name_nodes(model)
+    names = ["conv_in_output", "down.0.res.0.conv_output"]
+    statistics = {name: TensorStatistics.empty(WIDTH) for name in names}
+    for entry in statistics.values():
+        entry.observe(np.random.default_rng(0).standard_normal((1, WIDTH, SIZE, SIZE)).astype(np.float32), 1, 1.0)
+    ranges = {name: ActivationPlan(4.0, "absmax") for name in names}
+    blocks = tuple(BlockPlan(f"down.{index}.res.0", kind, "", ()) for index, kind in enumerate(("int8", "float")))
+    plan = Plan("unet", "onnxruntime", "int8", 30.0, blocks, ranges, quantise_outputs=True)
+    assert quantise(model, plan, Evidence(statistics)) == ("down.0.res.0.conv",)
+    assert lint(model, quantised_outputs=True) == []
+    assert [finding.rule for finding in lint(model)] == ["both sides or none"]
 
 
 def test_quantised_outputs_are_allowed_where_asked() -> None:

@@ -22,6 +22,7 @@ from latentedge.calibration.pictures import draw
 from latentedge.calibration.placement import place
 from latentedge.calibration.plan import INT8, ActivationPlan, BlockPlan, Plan
 from latentedge.calibration.quantise import Evidence
+from latentedge.calibration.ranges import OBSERVERS
 from latentedge.calibration.records import Probe
 from latentedge.calibration.scene import Target
 from latentedge.runtime.bundle import Array, Bundle
@@ -57,7 +58,7 @@ def recorded_inputs(
 def untuned_plan(
     bundle: Bundle, component: str, inputs: Sequence[dict[str, Array]], backend: str
 ) -> tuple[Plan, Evidence]:
-    """Everything in INT8, with the absolute maximum over a few evaluations."""
+    """Everything in INT8, with the ranges of least squared error over a few evaluations."""
     observed = open_observed(bundle, component, outputs=backend == "onnxruntime", threads=None)
     statistics: dict[str, TensorStatistics] = {}
     for given in inputs:
@@ -77,8 +78,8 @@ def untuned_plan(
         precision="int8",
         floor_db=0.0,
         blocks=tuple(BlockPlan(name, INT8, "", tuple(layers)) for name, layers in blocks.items()),
-        activations={name: ActivationPlan(entry.largest, "absmax") for name, entry in statistics.items()},
-        clip_weights=False,
+        activations={name: ActivationPlan(OBSERVERS["mse"](entry), "mse") for name, entry in statistics.items()},
+        clip_weights=True,
         correct_bias=False,
         quantise_outputs=backend == "onnxruntime",
     )

@@ -53,6 +53,7 @@ class Denoiser:
         self._tile = tile
         self._written: tuple[int, ...] | None = None
         self._stacked: dict[tuple[int, ...], dict[str, Array]] = {}
+        self._axes: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[str, int]] = {}
         self._concat_scale = np.float32(1)
         self.evaluations = 0
 
@@ -99,7 +100,7 @@ class Denoiser:
             output = tiled(
                 lambda piece: self._output(piece, timestep, chosen), stacked, self._tile, self._overlap(self._tile), 1
             )
-        return np.split(output, len(chosen))
+        return list(output.reshape(len(chosen), -1, *output.shape[1:]))
 
     def _overlap(self, tile: int) -> int:
         """At least a quarter of a tile, in steps that the network's own halvings do not shift against each other."""
@@ -109,7 +110,11 @@ class Denoiser:
     def _output(self, stacked: Array, timestep: float, chosen: tuple[int, ...]) -> Array:
         timesteps = np.full(len(stacked), timestep, np.float32)
         constants = self._constants(chosen)
-        self._engine.bind(**self._engine.component.axes_of({"sample": stacked, "timestep": timesteps, **constants}))
+        # Solved once for each shape: ``write`` checks every array all the same.
+        if (chosen, stacked.shape) not in self._axes:
+            arrays = {"sample": stacked, "timestep": timesteps, **constants}
+            self._axes[chosen, stacked.shape] = self._engine.component.axes_of(arrays)
+        self._engine.bind(**self._axes[chosen, stacked.shape])
         if self._engine.writer is not self or self._written != chosen:
             for name, array in constants.items():
                 self._engine.write(name, array)

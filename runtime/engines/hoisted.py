@@ -177,7 +177,9 @@ class HoistedEngine(Engine):
 
     def _run(self) -> None:
         if self._changed - {"sample", "timestep"}:
-            self._forget()
+            if self._timestep_follows(self._changed):
+                self._forget()
+            self._restart()
             if self._conditioning is not None:
                 self._conditioning.run()
                 self._pass_on(self._outputs(self._conditioning))
@@ -186,6 +188,12 @@ class HoistedEngine(Engine):
             self._current = self._next_timestep
         self._changed.clear()
         self._step.run()
+
+    def _timestep_follows(self, changed: set[str]) -> bool:
+        """Whether what depends on the timestep depends on what was written anew as well, as SDXL's added embeddings do."""
+        computed = {spec.name for spec in self._conditioning.component.outputs} if self._conditioning else set()
+        known = changed - {"sample", "timestep"} | computed
+        return self._timestep is not None and any(spec.name in known for spec in self._timestep.component.inputs)
 
     def _timestep_outputs(self, engine: Engine) -> dict[str, Array]:
         kept = self._timesteps.get(self._next_timestep)

@@ -183,14 +183,16 @@ class Counting(NullEngine):
         super().__init__(spec, function)
 
 
-def counting_engine() -> tuple[HoistedEngine, dict[str, Counting]]:
+def counting_engine(*also: str) -> tuple[HoistedEngine, dict[str, Counting]]:
+    """An engine in parts; the part of the timestep reads the inputs named in ``also`` as well."""
     vector, batch = ("batch",), {"batch": Axis(1, 2, 8)}
     key, time = TensorSpec("key", "float32", vector), TensorSpec("time", "float32", vector)
     sample, timestep, context = (TensorSpec(name, "float32", vector) for name in ("sample", "timestep", "context"))
     output = TensorSpec("out_sample", "float32", vector)
+    read = tuple(spec for spec in (key, context) if spec.name in also)
     parts = {
         "conditioning": Counting(Component("unet.conditioning", (sample, context), (key,), batch), 1.0),
-        "timestep": Counting(Component("unet.timestep", (timestep,), (time,), batch), 10.0),
+        "timestep": Counting(Component("unet.timestep", (timestep, *read), (time,), batch), 10.0),
         "step": Counting(Component("unet.step", (sample, key, time), (output,), batch), 1.0),
     }
     whole = Component("unet", (sample, timestep, context), (output,), batch)
@@ -198,8 +200,9 @@ def counting_engine() -> tuple[HoistedEngine, dict[str, Counting]]:
     return HoistedEngine(whole, "fp32", engines), parts
 
 
-def test_parts_run_only_when_their_inputs_changed() -> None:
-    engine, parts = counting_engine()
+@pytest.mark.parametrize("also", [(), ("key",), ("context",)])
+def test_parts_run_only_when_their_inputs_changed(also: tuple[str, ...]) -> None:
+    engine, parts = counting_engine(*also)
     runs = dict.fromkeys(parts, 0)
 
     def step(sample: float, timestep: float) -> float:
@@ -208,17 +211,23 @@ def test_parts_run_only_when_their_inputs_changed() -> None:
         engine.run()
         return float(engine.read("out_sample")[0])
 
+    def expected(context: float, timestep: float) -> float:
+        # "key" is the mean of a context and of zeros in place of the sample's data, which it takes the shape of.
+        return 0.5 + context + 10 * (timestep + context * len(also))
+
     engine.bind(batch=2)
-    for context in (1.0, 2.0, 1.0):
+    for index, context in enumerate((1.0, 2.0, 1.0)):
         engine.write("context", np.full(2, context, np.float32))
         for timestep in (9.0, 5.0, 5.0, 9.0):
-            assert step(0.5, timestep) == 0.5 + context + 10 * timestep
-        runs = {"conditioning": runs["conditioning"] + 1, "timestep": runs["timestep"] + 2, "step": runs["step"] + 4}
+            assert step(0.5, timestep) == expected(context, timestep)
+        # Two timesteps: anew for each context where they depend on it, otherwise kept from the first.
+        anew = 2 if index == 0 or also else 0
+        runs = {"conditioning": runs["conditioning"] + 1, "timestep": runs["timestep"] + anew, "step": runs["step"] + 4}
         assert {name: part.runs for name, part in parts.items()} == runs
     engine.bind(batch=3)
     engine.bind(batch=2)
     engine.write("context", np.full(2, 3.0, np.float32))
-    assert step(0.5, 9.0) == 0.5 + 3.0 + 90.0
+    assert step(0.5, 9.0) == expected(3.0, 9.0)
 
 
 def test_timesteps_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

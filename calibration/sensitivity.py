@@ -155,21 +155,23 @@ def _opened(settings: BlockSettings) -> tuple[Plan, Material]:
 
 
 def _with_gains(plan: Plan, material: Material, target: Target, folder: Path, progress: Callable[[int], None]) -> Plan:
-    """The plan with the seconds that each block saves alone, in turns with the float graph."""
+    """The plan with the seconds that each block saves alone, in turns with the float graph.
+
+    Both compute the remaining floats in one type: beside another, every block alone would pay for all floats.
+    """
     if not target.timed:
         return plan
     # What was measured of other precisions, or elsewhere, says nothing here.
     place = f"{machine_fingerprint()} {library_version(target.backend)}"
-    setting = hashlib.sha256(f"{place} {target.precision} {target.alternative}".encode()).hexdigest()[:8]
+    setting = hashlib.sha256(f"{place} {target.precision}".encode()).hexdigest()[:8]
     blocks = []
     with ExitStack() as stack:
         floats: Engine | None = None
         for number, block in enumerate(plan.blocks):
             file = folder / f"gain-{setting}-{number:03d}.json"
             if not file.is_file():
-                floats = floats or stack.enter_context(
-                    _engine(material.bundle, plan.component, target, target.alternative)
-                )
+                same = target.precision.partition("+")[2] or "fp32"
+                floats = floats or stack.enter_context(_engine(material.bundle, plan.component, target, same))
                 write_atomically(file, json.dumps(_gain_alone(plan, block, material, target, floats)).encode())
             gain, error = json.loads(file.read_text())
             blocks.append(dataclasses.replace(block, seconds_saved=gain, seconds_error=error))

@@ -10,7 +10,6 @@ from typing import Any
 
 from latentedge.export.builders import BuildRequest, BuildRow, components_to_build
 from latentedge.export.latency import measure_bundle
-from latentedge.export.parts_builder import split_denoiser
 from latentedge.export.tensorrt.engine_from_onnx import (
     BuilderSettings,
     CompiledPlan,
@@ -62,6 +61,9 @@ def build(request: BuildRequest) -> list[BuildRow]:
 def _cut_for_step_caching(request: BuildRequest) -> Bundle:
     """The bundle with the denoiser cut for step caching; a check writes nothing, so there it has to be cut already."""
     if not request.check:
+        # Cutting reads the graph; a build alone needs neither onnx nor onnx_ir.
+        from latentedge.export.parts_builder import split_denoiser
+
         return split_denoiser(request)
     if part_name(DENOISER, SHALLOW) not in request.bundle.manifest.components:
         raise UsageError(

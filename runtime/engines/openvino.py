@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -51,6 +52,19 @@ def open_engine(bundle: Bundle, component: Component, precision: str, options: E
     return OpenVINOEngine(component, precision, path, options, kept, weights)
 
 
+@functools.cache
+def _core() -> Any:
+    """The process's one instance of OpenVINO.
+
+    Its CPU plugin gives the calling thread another stack for signals and puts the former one back when it goes. Several
+    plugins that go in another order than they came leave a stack that is freed, and then Ctrl-C ends the process with a
+    segmentation fault (seen with 2026.4.1).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def cache_folder(root: Path, variant: Variant) -> Path:
     """Where compiled models of a graph lie. OpenVINO's own key does not tell two weight files of one graph apart."""
     weights = "".join(sorted(variant.external_data.values()))
@@ -88,7 +102,7 @@ class OpenVINOEngine(Engine):
         import openvino
 
         self._openvino = openvino
-        self._core = openvino.Core()
+        self._core = _core()
         self._path = path
         self._device = device_name(options.device, list(self._core.available_devices))
         self._floats = PRECISIONS[precision].floats

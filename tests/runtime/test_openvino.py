@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +173,35 @@ def test_another_arithmetic_than_asked_for_is_an_error(tmp_path: Path) -> None:
         pytest.raises(PrecisionError, match="in bf16, asked"),
     ):
         engine.bind(batch=1)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from latentedge.runtime.bundle import Bundle
+from latentedge.runtime.engines.base import EngineOptions
+from latentedge.runtime.engines.openvino import open_engine
+
+bundle = Bundle.open(Path(sys.argv[1]))
+component, options = bundle.component("net"), EngineOptions(threads=1)
+x = np.ones((2, 48), np.float32)
+engines = [open_engine(bundle, component, "fp32", options) for _ in range(3)]
+for engine in engines:
+    engine.run({"x": x})
+del engine
+while engines:
+    engines.pop(0).close()
+heard = []
+signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+os.kill(os.getpid(), signal.SIGINT)
+assert heard == [signal.SIGINT]
+"""
+
+
+def test_ctrl_c_is_heard_after_engines_closed_in_the_order_they_came(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

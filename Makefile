@@ -54,10 +54,11 @@ types: $(VENV)/dev-installed
 # Peers: each in an environment of its own under build/peers (downloads several GB on first use). A peer whose result is
 # there is not measured again; `make bench-peers PEERS=--dry-run` says what is left and about how long it takes.
 PEERS ?=
+OWN ?= openvino:int8+bf16
 bench-peers: $(VENV)/dev-installed
-	$(BIN)/python -m latentedge.benchmarks.peers.run default $(PEERS) -o build/peers/default.json
-	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --rounds 3 -o build/peers/sd15.json
-	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --rounds 1 --steps 20 --own-interval 5 \
+	$(BIN)/python -m latentedge.benchmarks.peers.run default $(PEERS) --own $(OWN) --rounds 9 -o build/peers/default.json
+	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --own $(OWN) --rounds 3 -o build/peers/sd15.json
+	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --own $(OWN) --rounds 1 --steps 20 --own-interval 5 \
 		--only full -o build/peers/sd15-20.json
 	test -n "$(PEERS)" || $(BIN)/python -m latentedge.benchmarks.peers.results \
 		build/peers/default.json build/peers/sd15.json build/peers/sd15-20.json

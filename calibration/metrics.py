@@ -64,6 +64,11 @@ def _blur(picture: Array, kernel: Array) -> Array:
     return picture
 
 
+#: A fall from the median that spread does not explain, and how much deeper than the deepest of few such falls others may be:
+#: 9.6 dB were seen between the worst of 16 pictures and the worst of 24 further ones.
+JUMP_DB, FURTHER_DB = 20.0, 10.0
+
+
 def mean_low(values: Sequence[float]) -> float:
     """Lower end of the bootstrapped 95 % interval of the mean: what few pictures, one of them far off, can tell."""
     drawn = np.random.default_rng(0).choice(np.asarray(values, np.float64), (RESAMPLES, len(values)))
@@ -75,11 +80,14 @@ def worst_low(values: Sequence[float], most: float) -> float:
 
     A prediction limit of normal values: ``mean - t s sqrt(1 + 1 / n)`` with ``t`` the quantile ``1 - 0.1 / 64`` of
     Student's distribution. ``values`` over ``most`` count as that: pictures that are all but the same say nothing about
-    how far others fall. Of fewer than eight pictures it is the worst.
+    how far others fall. Where the worst lies :data:`JUMP_DB` below the median, something jumped in few pictures (an entry
+    of a codebook turned over), and others may fall :data:`FURTHER_DB` deeper. Of fewer than eight pictures it is the worst.
     """
     worst, count = float(np.min(values)), len(values)
     if count < LEAST_PICTURES:
         return worst
+    if float(np.median(values)) - worst > JUMP_DB:
+        worst -= FURTHER_DB
     usual = np.minimum(np.asarray(values, np.float64), most)
     away = student_quantile(1 - WORSE / FORESEEN, count - 1) * float(usual.std(ddof=1)) * (1 + 1 / count) ** 0.5
     return float(min(worst, float(usual.mean()) - away))

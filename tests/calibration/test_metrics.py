@@ -200,7 +200,7 @@ def test_the_worst_of_others_is_foreseen() -> None:
     held = [float(row[16:].min()) >= worst_low(list(row[:16]), 100) for row in drawn]
     assert 0.87 <= np.mean(held) <= 0.95
     assert worst_low([36.0] * 16, 50) == 36
-    assert worst_low([100.0] * 15 + [49.0], 50) > 45, "almost the same pictures do not widen the spread"
+    assert worst_low([68.0] * 15 + [49.0], 50) > 45, "almost the same pictures do not widen the spread"
     assert worst_low([40.0, 30.0], 50) == 30, "two pictures say nothing about a spread"
 
 
@@ -220,3 +220,11 @@ def test_a_mean_of_few_pictures_far_apart_is_not_certain() -> None:
     random = np.random.default_rng(3)
     covered = [mean_low(random.normal(32, 2, 16)) <= 32 for _ in range(200)]
     assert 0.9 <= np.mean(covered) < 1
+
+
+def test_few_pictures_that_jumped_do_not_tell_how_far_others_fall() -> None:
+    alike = [100.0] * 15
+    assert worst_low([*alike, 29.7], 34.0) == pytest.approx(19.7)
+    assert worst_low([*alike, 95.0], 34.0) == 34.0, "over what counts, a fall says nothing"
+    spread = [37.0 + 0.5 * (index % 5) for index in range(15)]
+    assert worst_low([*spread, 33.0], 34.0) > 29.0

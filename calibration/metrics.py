@@ -16,6 +16,10 @@ TAIL = 0.025
 #: Further pictures whose worst is foreseen, how often it may be worse, and how many pictures tell of their spread at all.
 FORESEEN, WORSE, LEAST_PICTURES = 64, 0.1, 8
 
+#: A fall from the median that spread does not explain, and how much deeper than the deepest of few such falls others may be:
+#: 9.6 dB were seen between the worst of 16 pictures and the worst of 24 further ones.
+JUMP_DB, FURTHER_DB = 20.0, 10.0
+
 #: Given to pictures without any difference, in dB.
 IDENTICAL_DB = 100.0
 #: Window of SSIM, as Wang et al. 2004 define it: an 11 x 11 Gaussian of sigma 1.5, K1 = 0.01, K2 = 0.03.
@@ -62,11 +66,6 @@ def _blur(picture: Array, kernel: Array) -> Array:
         windows = np.lib.stride_tricks.sliding_window_view(picture, len(kernel), axis=axis)
         picture = windows @ kernel
     return picture
-
-
-#: A fall from the median that spread does not explain, and how much deeper than the deepest of few such falls others may be:
-#: 9.6 dB were seen between the worst of 16 pictures and the worst of 24 further ones.
-JUMP_DB, FURTHER_DB = 20.0, 10.0
 
 
 def mean_low(values: Sequence[float]) -> float:

@@ -35,6 +35,11 @@ _OPTIONS = (
     click.option("--config", type=click.Path(path_type=Path), help="YAML file of a single-file checkpoint."),
     click.option("--tokenizer", help="Folder or hub id of the tokenizer, where the checkpoint has none."),
     click.option("--lora", "loras", multiple=True, metavar="FILE:WEIGHT", help="LoRA to merge in; may be repeated."),
+    click.option(
+        "--even-sizes",
+        is_flag=True,
+        help="Only sizes that the UNet can halve to its lowest level (multiples of 64 pixels for most); faster.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace an existing bundle."),
     click.option("--json", "as_json", is_flag=True, help="Write the summary to stdout as JSON."),
 )
@@ -92,6 +97,7 @@ def run_export(
     config: Path | None,
     tokenizer: str | None,
     loras: tuple[str, ...],
+    even_sizes: bool,
     overwrite: bool,
 ) -> Bundle:
     """Load the source and export it, with progress on a terminal."""
@@ -102,7 +108,9 @@ def run_export(
     from latentedge.export.summary import progress_on_terminal
 
     precisions = precisions_from(precision)
-    source_options: SourceOptions = SourceOptions(config, tokenizer, tuple(lora_from(text) for text in loras))
+    source_options: SourceOptions = SourceOptions(
+        config, tokenizer, tuple(lora_from(text) for text in loras), even_sizes
+    )
     check_precisions(precisions)
     check_output(output, overwrite=overwrite)
     model = load_source(source, source_options)

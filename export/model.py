@@ -81,3 +81,5 @@ class SourceOptions:
     config: Path | None = None
     tokenizer: str | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+    #: Only latents that the UNet can halve as often as it does, which lets its upsampling be computed faster.
+    even_sizes: bool = False

@@ -29,7 +29,7 @@ from latentedge.runtime.errors import UsageError
 from latentedge.runtime.noise import Draws, NoiseStream, Recorded
 from latentedge.runtime.request import Request
 from latentedge.runtime.run import Run, picture_count
-from latentedge.runtime.samplers import Step
+from latentedge.runtime.samplers import Plan, Step
 
 
 @dataclass(frozen=True)
@@ -258,40 +258,29 @@ class Pipeline:
             )
         run.timings["condition"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        latents, begin, known = self._start(run, height, width)
+        plan = samplers.prepare(run.schedule, run.sampler, run.steps)
+        latents, begin, known = self._start(run, plan, height, width)
         concat = self._concat(run, height, width)
         run.timings["encode"] = time.perf_counter() - clock
         denoiser = self._denoiser(run, conditioner, conditional, unconditional, concat)
         interval: tuple[float, float] | None = run.request.guidance_interval
         model: samplers.Model = denoiser
-        plan = samplers.prepare(run.schedule, run.sampler, run.steps)
         first = begin if run.request.start is None else run.request.start.index + 1
         if interval is not None and unconditional is not None:
             model = denoiser.within(plan.input_sigmas, first, interval)
         elif self.bundle.task == "super-resolution" and run.schedule["dialect"] != "compvis":
             model = denoiser.scaling_concat(plan, first)
         model = corrected(model, self.bundle, self.precision)
-        loop = samplers.sample(
-            model,
-            latents,
-            run.schedule,
-            run.sampler,
-            run.steps,
-            eta=run.eta,
-            noise=run.draws,
-            begin=begin,
-            start=run.request.start,
-        )
-        return latents, loop if known is None else self._keep_known(run, loop, *known)
+        loop = samplers.follow(model, plan, latents, eta=run.eta, noise=run.draws, begin=begin, start=run.request.start)
+        return latents, loop if known is None else self._keep_known(run, plan, loop, *known)
 
     def _pixels(self, height: int, width: int) -> tuple[int, int]:
         return height * self.bundle.latent.downscale, width * self.bundle.latent.downscale
 
-    def _start(self, run: Run, height: int, width: int) -> tuple[Array, int, tuple[Array, Array] | None]:
+    def _start(self, run: Run, plan: Plan, height: int, width: int) -> tuple[Array, int, tuple[Array, Array] | None]:
         """Starting latents, the index of the first step, and (picture's latents, noise) where a mask keeps a part."""
         manifest, request = self.bundle, run.request
         shape = (run.count, manifest.latent.channels, height, width)
-        plan = samplers.prepare(run.schedule, run.sampler, run.steps)
         takes_picture = bool(manifest.conditioning.concat)
         from_picture = run.pictures is not None and (not takes_picture or run.strength < 1)
         if takes_picture and request.latents is not None:
@@ -382,10 +371,9 @@ class Pipeline:
         separate = self.options.low_memory
         return Denoiser(self.engine("unet"), branches, combine, conditional=index, separate=separate, tile=tile)
 
-    def _keep_known(self, run: Run, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
+    def _keep_known(self, run: Run, plan: Plan, loop: Any, encoded: Array, noise: Array) -> Iterator[Step]:
         """Put the noised picture back outside of the mask after every step (a model without a mask input)."""
         assert run.mask is not None
-        plan = samplers.prepare(run.schedule, run.sampler, run.steps)
         paint = repeated(images.resize_nearest(run.mask, *encoded.shape[2:])[:, None], len(encoded), "mask")
         replaced: Array | None = None
         while True:

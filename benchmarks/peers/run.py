@@ -163,7 +163,8 @@ def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> No
         python = environment_of("diffusers", pins, root)
         subprocess.run([python, str(HERE / "workload.py"), workload, str(options["folder"])], check=True)
     if not (options["bundle"] / "latentedge.json").is_file():
-        command = [str(Path(sys.executable).with_name("latentedge")), "export", str(options["folder"])]
+        # Peers are compiled for the one size that is drawn; ours takes every multiple of the UNet's lowest level.
+        command = [str(Path(sys.executable).with_name("latentedge")), "export", "--even-sizes", str(options["folder"])]
         subprocess.run([*command, "-o", str(options["bundle"])], check=True)
     backend, precision = options["own"].split(":")
     if graph_precision(precision) == "int8" and not _has(options["bundle"], DENOISER, "int8"):

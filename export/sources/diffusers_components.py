@@ -50,10 +50,14 @@ def latent_axes(
     }
 
 
-def side_multiple(config: Mapping[str, Any]) -> int:
-    """What a UNet's sides must be multiples of: more than 1 where a level resamples by a filter or a kernel of its own."""
+def side_multiple(config: Mapping[str, Any], even_sizes: bool) -> int:
+    """What a UNet's sides are multiples of: more than 1 where it is asked for or needed.
+
+    Levels that resample by a filter or a kernel of their own need it.
+    """
     blocks = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
-    return 2 ** halvings(config) if any("Skip" in name or name.startswith("K") for name in blocks) else 1
+    needed = any("Skip" in name or name.startswith("K") for name in blocks)
+    return 2 ** halvings(config) if even_sizes or needed else 1
 
 
 def compared_axes(axes: Mapping[str, Axis]) -> tuple[dict[str, int], tuple[dict[str, int], ...]]:
@@ -93,10 +97,13 @@ def unet_component(
     size: tuple[int, int],
     loras: Sequence[Lora],
     largest: int = COMPARED_SIDE,
+    *,
+    even_sizes: bool = False,
 ) -> ComponentSource:
     """The denoiser; ``conditions`` are its inputs after sample and timestep, with their shapes without the batch."""
     config = part.config
-    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH, largest, side_multiple(config))
+    multiple = side_multiple(config, even_sizes)
+    axes = latent_axes(size, 2 ** halvings(config), UNET_BATCH, largest, multiple)
     sides = ("latent_height", "latent_width")
     inputs = [
         TensorSpec("sample", "float32", ("batch", int(config["in_channels"]), *sides)),
@@ -109,7 +116,7 @@ def unet_component(
     def wrap(model: Any) -> Any:
         from latentedge.export.sources.diffusers_unets import UNETS
 
-        return UNETS[tuple(conditions)](model)
+        return UNETS[tuple(conditions)](model, any_size=multiple == 1)
 
     def sample_inputs(lengths: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
         return {entry.name: _unet_input(entry, lengths, random) for entry in inputs}

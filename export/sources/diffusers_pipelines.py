@@ -51,7 +51,7 @@ from latentedge.runtime.bundle import (
     TextEncoder,
     file_sha256,
 )
-from latentedge.runtime.errors import LatentEdgeError
+from latentedge.runtime.errors import LatentEdgeError, UsageError
 from latentedge.runtime.samplers import SAMPLERS
 
 ENCODINGS = {"AutoencoderKL": "kl", "VQModel": "vq", "AutoencoderTiny": "plain"}
@@ -106,7 +106,7 @@ def describe(
         conditioning=conditioning,
         schedule=_schedule(folder, kind, layout, messages),
         defaults=_defaults(kind, parts, folder, index, factor, messages),
-        components=tuple(_components(kind, parts, conditioning, scale_factor, loras)),
+        components=tuple(_components(kind, parts, conditioning, scale_factor, loras, even_sizes=options.even_sizes)),
         tokenizers=tokenizers,
         model_index=dict(index),
         messages=tuple(messages),
@@ -195,9 +195,22 @@ def _tokenizer_name(parts: Parts, number: int) -> str:
 
 
 def _components(
-    kind: Kind, parts: Parts, conditioning: Conditioning, scale_factor: float, loras: Sequence[Lora]
+    kind: Kind,
+    parts: Parts,
+    conditioning: Conditioning,
+    scale_factor: float,
+    loras: Sequence[Lora],
+    *,
+    even_sizes: bool,
 ) -> list[ComponentSource]:
     size = _latent_side(kind, parts)
+    lowest = 2 ** halvings(parts.unet.config)
+    if even_sizes and any(side % lowest for side in size):
+        raise UsageError(
+            f"the UNet's own latent of {size[0]}x{size[1]} cannot be halved to its lowest level without a rest: "
+            f"its sides are no multiples of {lowest}.",
+            hint="leave --even-sizes out",
+        )
     components = []
     for number, (part, encoder) in enumerate(zip(parts.text, conditioning.encoders, strict=True)):
         # SDXL's pipelines give their text encoders no mask, whatever the configuration says.
@@ -214,7 +227,7 @@ def _components(
     if conditioning.guidance_embedding is not None:
         conditions["timestep_cond"] = (conditioning.guidance_embedding,)
     largest = ENLARGED_SIDE if kind.task == "super-resolution" else COMPARED_SIDE
-    components.append(unet_component(parts.unet, conditions, size, loras, largest))
+    components.append(unet_component(parts.unet, conditions, size, loras, largest, even_sizes=even_sizes))
     # Only SDXL's pipelines use the statistics that a first stage may state; its inpainting does so in decoding alone.
     normalised = kind.family == SDXL.family
     return components + first_stage_components(

@@ -1,24 +1,28 @@
-"""diffusers' UNets with positional inputs: a class for each set of conditions, in the order of the manifest."""
+"""diffusers' UNets with positional inputs: a class for each set of conditions, in the order of the manifest.
+
+``any_size``: latents of every size are taken, by upsampling to the size that was halved; else only those that can be
+halved as often as the UNet halves them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latentedge.export.sources.diffusers_components import side_multiple
 from latentedge.export.sources.diffusers_modules import made_exportable
 
 
 class UnconditionalUNet(nn.Module):
     """``UNet2DModel``: sample [batch, channels, height, width] and timestep [batch] to out_sample."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, *, any_size: bool) -> None:
         super().__init__()
         self.sizes: list[torch.Size] = []
         self.whole_timesteps = unet.config.time_embedding_type == "learned"
-        self.unet = made_exportable(unet, self.sizes if side_multiple(unet.config) == 1 else None)
+        self.unet = made_exportable(unet, self.sizes if any_size else None)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """The predicted noise, velocity or sample, as large as the latent."""
@@ -32,13 +36,13 @@ class UnconditionalUNet(nn.Module):
 class ConditionalUNet(nn.Module):
     """``UNet2DConditionModel`` with a text; the subclasses take what further models need."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, *, any_size: bool) -> None:
         super().__init__()
         self.sizes: list[torch.Size] = []
         # diffusers compares the latent's size with 2**num_upsamplers to choose how to upsample. Here the upsampling
         # knows its size, and no comparison may fix a dynamic axis.
         unet.num_upsamplers = 0
-        self.unet = made_exportable(unet, self.sizes if side_multiple(unet.config) == 1 else None)
+        self.unet = made_exportable(unet, self.sizes if any_size else None)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[batch, channels, height, width], [batch] and [batch, tokens, width] to the model's output."""
@@ -91,7 +95,7 @@ class GuidanceEmbeddedExtendedUNet(ConditionalUNet):
 
 
 #: Which class takes which inputs after ``sample`` and ``timestep``.
-UNETS: dict[tuple[str, ...], type[nn.Module]] = {
+UNETS: dict[tuple[str, ...], Callable[..., nn.Module]] = {
     (): UnconditionalUNet,
     ("encoder_hidden_states",): ConditionalUNet,
     ("encoder_hidden_states", "timestep_cond"): GuidanceEmbeddedUNet,

@@ -34,6 +34,11 @@ def load(path: Path | str, options: SourceOptions) -> SourceModel:
     """Describe the exported pipeline at ``path``; :class:`LatentEdgeError` where graphs do not meet the contract."""
     if options.config is not None or options.loras:
         raise UsageError("a folder of ONNX graphs takes no --config, and LoRA files cannot be merged into it.")
+    if options.even_sizes:
+        raise UsageError(
+            "the upsampling of a graph that is already ONNX stays as it is: it takes no --even-sizes.",
+            hint="export the checkpoint that the graphs were made of",
+        )
     folder = Path(path)
     index = read_json(folder / "model_index.json")
     name = str(index.get("_class_name"))

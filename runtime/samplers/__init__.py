@@ -287,6 +287,14 @@ def sample(
     Raises UsageError, at once, for what the sampler cannot do, and LatentEdgeError where the model's output misfits.
     """
     plan = prepare(schedule, sampler, steps, **options)
+    return follow(model, plan, latents, eta=eta, noise=noise, begin=begin, start=start)
+
+
+def follow(
+    model: Model, plan: Plan, latents: Array, *, eta: float | None = None, noise: Any = None, begin: int = 0,
+    start: Step | None = None,
+) -> Generator[Step, Array | None, None]:  # fmt: skip
+    """``sample`` with a plan that ``prepare`` made."""
     latents, history = np.asarray(latents, F32), History()
     if start is not None:
         latents, history, begin = np.asarray(start.latents, F32), start.history, start.index + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from latentedge.runtime.samplers.plans import Plan
@@ -89,5 +89,4 @@ class Call:
 
     def done(self, latents: Array, denoised: Array, **remembered: Any) -> Update:
         """The update, remembering ``outputs``, ``sample`` and ``partial`` as given and forgetting what is not."""
-        blank = {"outputs": (), "sample": None, "partial": None}
-        return Update(latents, denoised, replace(self.history, **{**blank, **remembered}))
+        return Update(latents, denoised, History(self.history.calls, self.history.draws, **remembered))

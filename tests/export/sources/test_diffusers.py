@@ -20,9 +20,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from latentedge.export.model import ComponentSource, SourceModel, SourceOptions
+from latentedge.export.onnx_from_torch import onnx_from_torch
+from latentedge.export.passes.cleanup import clean_up
+from latentedge.export.passes.upsampling import convolve_before_doubling
 from latentedge.export.sources import diffusers as source
 from latentedge.export.sources import load_source
 from latentedge.export.sources.diffusers_kinds import KINDS, Kind
+from latentedge.export.targets import DEFAULT_TARGET, targets
 from latentedge.runtime.bundle import Defaults
 from latentedge.runtime.errors import LatentEdgeError, UsageError
 from tests.export.sources import diffusers_models
@@ -95,6 +99,42 @@ def test_unet_with_three_halvings_at_an_odd_size(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = pipeline.unet(sample, 321, encoder_hidden_states=hidden).sample
     assert near(found, expected)
+
+
+@pytest.mark.parametrize("name", ["sd", "ldm-uncond"])
+def test_even_sizes_only(folders: dict[str, tuple[Path, Any]], name: str) -> None:
+    """The same network, without the sizes of skip connections: all doublings are plain and convolved before."""
+    folder, pipeline = folders[name]
+    part = component(source.load(folder, SourceOptions(even_sizes=True)), "unet")
+    multiple = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    for lengths in (part.trace_axes, *part.compare_axes):
+        assert all(length % multiple == 0 for axis, length in lengths.items() if axis != "batch")
+    assert {part.spec.axes[axis].multiple for axis in ("latent_height", "latent_width")} == {multiple}
+    size = (4 * multiple, 3 * multiple)
+    channels = pipeline.unet.config.in_channels
+    inputs = {"sample": torch.randn(2, channels, *size), "timestep": np.float32([321, 7])}
+    upstream = [inputs["sample"], torch.tensor([321, 7])]
+    if name == "sd":
+        inputs["encoder_hidden_states"] = torch.randn(2, 77, diffusers_models.WIDTH)
+        upstream.append(inputs["encoder_hidden_states"])
+    (found,) = outputs(part, **inputs)
+    with torch.no_grad():
+        assert near(found, pipeline.unet(*upstream).sample)
+    assert part.build is not None
+    traced = part.sample_inputs(part.trace_axes, np.random.default_rng(0))
+    model = onnx_from_torch(part.build(), part.spec, traced, targets()[DEFAULT_TARGET])
+    clean_up(model)
+    doublings = sum(node.op_type == "Resize" for node in model.graph)
+    assert convolve_before_doubling(model) == doublings == len(pipeline.unet.config.block_out_channels) - 1
+
+
+def test_even_sizes_of_a_model_whose_own_size_is_odd(tmp_path: Path) -> None:
+    pipeline = diffusers_models.stable_diffusion()
+    pipeline.register_modules(unet=diffusers_models.unet(sample_size=9))
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="9x9 cannot be halved"):
+        source.load(tmp_path, SourceOptions(even_sizes=True))
+    assert component(source.load(tmp_path, OPTIONS), "unet").spec.axes["latent_height"].opt == 9
 
 
 @pytest.mark.parametrize("name", ["sd", "ldm-uncond", "taesd"])

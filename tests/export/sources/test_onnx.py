@@ -299,6 +299,8 @@ def test_missing_weights_and_options_that_do_not_fit(folder: Path, tmp_path: Pat
         load_source(folder, OPTIONS)
     with pytest.raises(UsageError, match="LoRA"):
         source.load(folder, SourceOptions(loras=((tmp_path / "x.safetensors", 1.0),)))
+    with pytest.raises(UsageError, match="even-sizes"):
+        source.load(folder, SourceOptions(even_sizes=True))
 
 
 def test_without_an_encoder_only_text_is_left(folder: Path) -> None:

@@ -34,6 +34,7 @@ IDENTITY = (
     "interval",
     "full",
     "guidance_interval",
+    "guidance_every",
     "steps",
 )
 

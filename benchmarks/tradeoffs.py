@@ -23,7 +23,7 @@ from latentedge.runtime.engines.hoisted import DENOISER, SHALLOW, part_name
 from latentedge.runtime.errors import EngineError, LatentEdgeError, UsageError
 from latentedge.runtime.machine import machine_fingerprint
 from latentedge.runtime.selection import library_version
-from latentedge.runtime.tradeoffs import describe_reuse
+from latentedge.runtime.tradeoffs import GUIDED, describe_reuse
 
 #: Intervals that step caching is measured with.
 INTERVALS = (2, 3, 5, 7)
@@ -34,6 +34,10 @@ POWERS = (0.6, 1.6)
 
 #: Shares of the steps, counted from the last, that are computed without guidance (arXiv 2404.07724).
 UNGUIDED = (0.25, 0.5)
+
+#: Guidance is computed anew in one step of so many, and in as many steps that lie closer at the end, as POWERS has it.
+GUIDED_EVERY = (2, 3, 4, 5)
+GUIDED_POWER = 0.8
 
 #: An end of guidance's interval that lies above every sigma.
 HIGHEST_SIGMA = 1e9
@@ -114,7 +118,7 @@ def measure_step_caching(
                 notify(f"{backend} {precision} was not measured: {error.message}")
                 continue
             reference = _pictures(plain, Path(folder))
-            for way in (*ways(steps), *_unguided(plain, bundle)):
+            for way in (*ways(steps), *guided(steps, _sigmas_of_guidance(plain, bundle))):
                 asked, engine = _as_asked(way, request, options)
                 with MeasuredProcess(f"{backend} {precision}, {describe_reuse({**way, 'steps': steps})}") as cached:
                     _load(cached, bundle, backend, precision, asked, engine)
@@ -134,25 +138,41 @@ def measure_step_caching(
 def ways(steps: int) -> list[dict[str, Any]]:
     """Ways to leave the deep blocks out of some of ``steps`` evaluations: intervals, and uneven lists of full steps."""
     found: list[dict[str, Any]] = [{"interval": interval} for interval in INTERVALS if interval <= steps]
-    seen = {tuple(range(0, steps, interval)) for interval in (1, *INTERVALS)}
-    for interval in INTERVALS:
+    return found + [{"full": full} for full in _uneven(steps, INTERVALS, POWERS)]
+
+
+def guided(steps: int, sigmas: Sequence[float]) -> list[dict[str, Any]]:
+    """Ways to compute guidance in some of ``steps`` evaluations, whose ``sigmas`` are given; none without sigmas.
+
+    Either its last difference is kept between them, or it is off in the last steps.
+    """
+    if not sigmas:
+        return []
+    found: list[dict[str, Any]] = [{"guidance_every": every} for every in GUIDED_EVERY if every < steps]
+    found += [{"guidance_every": listed} for listed in _uneven(steps, GUIDED_EVERY, (GUIDED_POWER,))]
+    lows = [sigmas[-1 - int(share * len(sigmas))] for share in UNGUIDED if int(share * len(sigmas))]
+    return found + [{"guidance_interval": [low, HIGHEST_SIGMA]} for low in dict.fromkeys(lows)]
+
+
+def _uneven(steps: int, intervals: Sequence[int], powers: Sequence[float]) -> list[list[int]]:
+    """As many of ``steps`` as each interval takes, spaced by each power; without what an interval is itself."""
+    seen = {tuple(range(0, steps, interval)) for interval in (1, *intervals)}
+    found = []
+    for interval in intervals:
         count = len(range(0, steps, interval))
-        for power in POWERS:
-            full = tuple(sorted({round(steps * (index / count) ** power) for index in range(count)}))
-            if len(full) == count and full[-1] < steps and full not in seen:
-                seen.add(full)
-                found.append({"full": list(full)})
+        for power in powers:
+            listed = tuple(sorted({round(steps * (index / count) ** power) for index in range(count)}))
+            if len(listed) == count and count > 1 and listed[-1] < steps and listed not in seen:
+                seen.add(listed)
+                found.append(list(listed))
     return found
 
 
-def _unguided(process: MeasuredProcess, bundle: Bundle) -> list[dict[str, Any]]:
-    """Intervals of sigmas with guidance that leave the last steps without it; none for a model without guidance."""
-    sigmas = process.ask("sigmas")["sigmas"]
+def _sigmas_of_guidance(process: MeasuredProcess, bundle: Bundle) -> list[float]:
+    """The sigmas of a picture's evaluations; none for a model without guidance."""
+    sigmas: list[float] = process.ask("sigmas")["sigmas"]
     distilled = bundle.manifest.conditioning.guidance_embedding is not None
-    if distilled or bundle.manifest.defaults.guidance_scale in (None, 0, 1):
-        return []
-    lows = [sigmas[-1 - int(share * len(sigmas))] for share in UNGUIDED if int(share * len(sigmas))]
-    return [{"guidance_interval": [low, HIGHEST_SIGMA]} for low in dict.fromkeys(lows)]
+    return [] if distilled or bundle.manifest.defaults.guidance_scale in (None, 0, 1) else sigmas
 
 
 def _as_asked(
@@ -160,7 +180,7 @@ def _as_asked(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of ``generate`` and the engine options that a way to compute less means."""
     engine = {"cache_interval": way.get("interval", 1), "cache_full": way.get("full", [])}
-    guidance = {name: value for name, value in way.items() if name == "guidance_interval"}
+    guidance = {name: value for name, value in way.items() if name in GUIDED}
     return {**request, **guidance}, {**options, **engine}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,19 +59,22 @@ class Denoiser:
 
     def __call__(self, sample: Array, timestep: float) -> Array:
         """Guided model output, float32 ``[N, C, h, w]``, for ``sample`` as the sampler scaled it."""
-        return self.evaluate(sample, timestep, range(len(self._branches)), self._combine)
+        return self._combine(self.evaluate(sample, timestep, range(len(self._branches))))
 
-    def within(self, sigmas: Array, begin: int, interval: tuple[float, float]) -> Callable[[Array, float], Array]:
-        """The same model, guided only where the evaluation's sigma lies inside ``interval``.
-
-        ``sigmas`` are those of every evaluation of the run, which starts at index ``begin``.
-        """
-        indices = itertools.count(begin)
+    def following(self, plan: Iterable[guidance.Branches]) -> Callable[[Array, float], Array]:
+        """The same model, each evaluation with the branches that ``plan`` names for it."""
+        entries, differences = iter(plan), list[Array]()
 
         def model(sample: Array, timestep: float) -> Array:
-            if guidance.within(float(sigmas[next(indices)]), interval):
-                return self(sample, timestep)
-            return self.evaluate(sample, timestep, (self._conditional,), guidance.only)
+            entry = next(entries)
+            if entry is guidance.Branches.ALL:
+                outputs = self.evaluate(sample, timestep, range(len(self._branches)))
+                differences[:] = [outputs[self._conditional] - output for output in outputs]
+                return self._combine(outputs)
+            (output,) = self.evaluate(sample, timestep, (self._conditional,))
+            if entry is guidance.Branches.CONDITIONAL:
+                return output
+            return self._combine([output - difference for difference in differences])
 
         return model
 
@@ -85,12 +88,12 @@ class Denoiser:
 
         return model
 
-    def evaluate(self, sample: Array, timestep: float, chosen: Sequence[int], combine: Combine) -> Array:
-        """Evaluate only the ``chosen`` branches, by index, and combine their outputs."""
+    def evaluate(self, sample: Array, timestep: float, chosen: Sequence[int]) -> list[Array]:
+        """The outputs of the ``chosen`` branches, by index."""
         sample = np.ascontiguousarray(sample, np.float32)
         if self._separate:
-            return combine([self._run(sample, timestep, (index,))[0] for index in chosen])
-        return combine(self._run(sample, timestep, tuple(chosen)))
+            return [self._run(sample, timestep, (index,))[0] for index in chosen]
+        return self._run(sample, timestep, tuple(chosen))
 
     def _run(self, sample: Array, timestep: float, chosen: tuple[int, ...]) -> list[Array]:
         stacked = np.concatenate([self._with_concat(sample, self._branches[index]) for index in chosen])

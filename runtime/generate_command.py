@@ -26,6 +26,7 @@ REPLAYED = (
     "guidance_scale",
     "guidance_rescale",
     "guidance_interval",
+    "guidance_every",
     "eta",
     "strength",
     "rng",
@@ -74,16 +75,16 @@ def size_from(text: str) -> tuple[int, int]:
 
 
 def guidance_from(text: str) -> dict[str, Any]:
-    """``"7.5"`` or ``"7.5:rescale=0.7,interval=0.3-5"`` (sigmas) as a request's arguments."""
+    """``"7.5"`` or ``"7.5:rescale=0.7,interval=0.3-5,every=3"`` (sigmas, evaluations) as a request's arguments."""
     scale, colon, rest = text.partition(":")
-    readers: dict[str, Callable[[str], Any]] = {"rescale": float, "interval": _interval}
+    readers: dict[str, Callable[[str], Any]] = {"rescale": float, "interval": _interval, "every": _every}
     try:
         found: dict[str, Any] = {"guidance_scale": float(scale)}
         for entry in rest.split(",") if colon else ():
             name, _, value = entry.partition("=")
             found["guidance_" + name.strip()] = readers[name.strip()](value.strip())
     except (KeyError, ValueError) as error:
-        form = "a number, or 7.5:rescale=0.7,interval=0.3-5"
+        form = "a number, or 7.5:rescale=0.7,interval=0.3-5,every=3 (or every=0+2+7)"
         raise UsageError(f"--guidance-scale takes {form}, found {text!r}.") from error
     return found
 
@@ -117,6 +118,11 @@ def _interval(text: str) -> list[float]:
     return [low, high]
 
 
+def _every(text: str) -> int | list[int]:
+    numbers = [int(part) for part in text.split("+")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def preview_from(text: str) -> tuple[Path, int]:
     """``"grow.png"`` or ``"grow.png:2"`` as a file and the steps between two previews, 5 by default."""
     file, colon, every = text.rpartition(":")
@@ -145,7 +151,7 @@ def check_files(*paths: Path | None) -> None:
 @click.option("--seed", help="A seed, a list 1,2,5 or a range 10-13: one picture for each.")
 @click.option("--steps", type=int, help="Sampler steps.")
 @click.option("--sampler", help="Sampler by name; an unknown name lists them.")
-@click.option("--guidance-scale", metavar="SCALE", help="Guidance; 1 is none. 7.5:rescale=0.7,interval=0.3-5 (sigmas).")
+@click.option("--guidance-scale", metavar="SCALE", help="Guidance; 1 is none. 7.5:rescale=0.7,interval=0.3-5,every=2")
 @click.option("--size", help="512 or 768x512 (width x height).")
 @click.option("--image", type=click.Path(), help="Picture to start from, complete, enlarge or reconstruct.")
 @click.option("--mask", type=click.Path(), help="Where to paint: white in a grey picture.")

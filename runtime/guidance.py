@@ -5,7 +5,8 @@ A ``Combine`` takes the outputs, float32 [N, C, h, w] each, in the order that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -56,9 +57,33 @@ def text_and_image(scale: float, image_scale: float) -> Combine:
     return combine
 
 
-def within(sigma: float, interval: tuple[float, float] | None) -> bool:
-    """Whether guidance is on at ``sigma``: Kynkaanniemi et al. 2024 (arXiv 2404.07724); None is everywhere."""
-    return interval is None or interval[0] <= sigma <= interval[1]
+class Branches(Enum):
+    """What one evaluation computes: every branch, the conditional one beside kept differences, or it alone, unguided."""
+
+    ALL = "all"
+    KEPT = "kept"
+    CONDITIONAL = "conditional"
+
+
+def planned(
+    sigmas: Iterable[float], interval: tuple[float, float] | None, every: int | Sequence[int]
+) -> list[Branches]:
+    """What each evaluation of a run computes; ``sigmas`` are its evaluations' own.
+
+    Guidance is on where sigma lies in ``interval`` (Kynkaanniemi et al. 2024, arXiv 2404.07724); None is everywhere.
+    There the other branches are computed in every n-th evaluation, or in those listed in ``every`` (counted from 0), and
+    their differences from the conditional one are kept for the evaluations between: they change slowly from step to
+    step (Lyu et al. 2024, arXiv 2410.19355, keep them by frequency). The first guided evaluation computes all.
+    """
+    plan: list[Branches] = []
+    for index, sigma in enumerate(sigmas):
+        if interval is not None and not interval[0] <= sigma <= interval[1]:
+            plan.append(Branches.CONDITIONAL)
+        elif Branches.ALL not in plan or (index % every == 0 if isinstance(every, int) else index in every):
+            plan.append(Branches.ALL)
+        else:
+            plan.append(Branches.KEPT)
+    return plan
 
 
 def guidance_embedding(weight: float, width: int) -> Array:

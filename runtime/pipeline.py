@@ -141,7 +141,9 @@ class Pipeline:
         - ``image``, ``mask``, ``strength``: a picture to start from, complete, enlarge or reconstruct.
         - ``height``, ``width``, ``steps``, ``sampler``, ``schedule`` (scheduler_config names), ``eta``, ``seed`` (a
           number, or one for each picture), ``rng`` ("torch", "cuda", "numpy").
-        - ``guidance_scale``, ``guidance_rescale``, ``guidance_interval`` (lowest and highest sigma),
+        - ``guidance_scale``, ``guidance_rescale``, ``guidance_interval`` (lowest and highest sigma), ``guidance_every``
+          (3: the unconditional branch is computed in every third evaluation, or in those listed, and its difference
+          from the conditional one is kept between them),
           ``image_guidance_scale``.
         - ``callback``: called with each :class:`~latentedge.runtime.samplers.Step`; returning True stops.
         - ``tile``: side of the tiles, in latent pixels, that encoder and decoder work in, and the UNet of a
@@ -263,11 +265,16 @@ class Pipeline:
         concat = self._concat(run, height, width)
         run.timings["encode"] = time.perf_counter() - clock
         denoiser = self._denoiser(run, conditioner, conditional, unconditional, concat)
-        interval: tuple[float, float] | None = run.request.guidance_interval
         model: samplers.Model = denoiser
         first = begin if run.request.start is None else run.request.start.index + 1
-        if interval is not None and unconditional is not None:
-            model = denoiser.within(plan.input_sigmas, first, interval)
+        interval, every = run.request.guidance_interval, run.request.guidance_every
+        if every != 1 and self.options.caching:
+            raise UsageError(
+                "guidance_every does not go with step caching: deep blocks are kept for all branches at once.",
+                hint="leave one of the two out",
+            )
+        if unconditional is not None and (interval is not None or every != 1):
+            model = denoiser.following(guidance.planned(plan.input_sigmas[first:], interval, every))
         elif self.bundle.task == "super-resolution" and run.schedule["dialect"] != "compvis":
             model = denoiser.scaling_concat(plan, first)
         model = corrected(model, self.bundle, self.precision)

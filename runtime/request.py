@@ -30,6 +30,7 @@ class Request:
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    guidance_every: int | Sequence[int] = 1
     image_guidance_scale: float | None = None
     image: Picture = None
     mask: Picture = None
@@ -71,6 +72,11 @@ class Request:
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, found {self.batch_size}.")
+        every = self.guidance_every
+        if every < 1 if isinstance(every, int) else not every or min(every) < 0:
+            raise UsageError(
+                f"guidance_every is a number from 1 on, or a list of evaluations counted from 0; found {every!r}."
+            )
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise UsageError(
                 f"strength goes from 0 to 1, found {self.strength:g}.", "0 keeps the picture, 1 draws it anew"

@@ -25,6 +25,9 @@ from latentedge.runtime.selection import DENOISER, PRECISIONS, choose, good_enou
 #: How much more than a record the command itself may hold: measured were 261 MiB where the record was 257.
 MARGIN = 1.03
 
+#: A request's arguments that leave out evaluations of guidance.
+GUIDED = ("guidance_interval", "guidance_every")
+
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -76,10 +79,10 @@ def settle(
         for request in requests:
             request.update({} if found.tile is None else {"tile": found.tile})
     if wishes.auto_quality is not None:
-        if options.caching or any("guidance_interval" in request for request in requests):
+        if options.caching or any(name in request for name in GUIDED for request in requests):
             raise UsageError(
-                "--auto-quality chooses step caching and the interval of guidance itself; leave --cache-interval and "
-                "guidance's interval out."
+                "--auto-quality chooses step caching and the evaluations of guidance itself; leave --cache-interval and "
+                "guidance's interval and every out."
             )
         chosen = choose(bundle, *setting)
         setting = chosen.backend, chosen.precision
@@ -89,8 +92,7 @@ def settle(
             options, cache_interval=found_reuse.get("interval") or 1, cache_full=tuple(found_reuse.get("full") or ())
         )
         for request in requests:
-            interval = found_reuse.get("guidance_interval")
-            request.update({} if interval is None else {"guidance_interval": interval})
+            request.update({name: found_reuse[name] for name in GUIDED if found_reuse.get(name) is not None})
     return setting, options
 
 
@@ -164,9 +166,8 @@ def reuse(
 ) -> tuple[dict[str, Any], str]:
     """The fastest measured way to compute less in some steps whose worst picture is at ``floor_db`` or better, and why.
 
-    A record of step caching, with ``interval`` or ``full``, or of guidance in a part of the steps, with
-    ``guidance_interval``; an empty one where none is faster and good enough. :class:`UsageError` where none was
-    measured here for what ``requests`` ask for.
+    A record of step caching, with ``interval`` or ``full``, or of guidance, with one of :data:`GUIDED`; an empty one
+    where none is faster and good enough. :class:`UsageError` where none was measured here for what ``requests`` ask for.
     """
     steps = {int(request.get("steps") or bundle.manifest.defaults.steps) for request in requests}
     samplers = {request.get("sampler") for request in requests}
@@ -206,13 +207,17 @@ def _holds_for(record: Mapping[str, Any], steps: set[int]) -> bool:
     A list of full steps is one for its own number of steps.
     """
     measured = record.get("steps", 0)
-    return measured > 0 and (steps == {measured} if record.get("full") else min(steps) >= measured)
+    listed = record.get("full") or isinstance(record.get("guidance_every"), list)
+    return measured > 0 and (steps == {measured} if listed else min(steps) >= measured)
 
 
 def describe_reuse(record: Mapping[str, Any]) -> str:
     """In words, what a record of step caching or of guidance leaves out."""
     if record.get("full"):
         return f"steps {', '.join(str(index) for index in record['full'])} of {record['steps']} in full"
+    if every := record.get("guidance_every"):
+        listed = f"steps {', '.join(map(str, every))}" if isinstance(every, list) else f"one step of {every}"
+        return f"guidance anew in {listed}"
     if record.get("guidance_interval"):
         return f"guidance at sigmas from {record['guidance_interval'][0]:.3g} on"
     return f"one step of {record['interval']} in full"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentedge.benchmarks import tradeoffs
-from latentedge.benchmarks.tradeoffs import keep, ladder, measure_memory, measure_step_caching, ways
+from latentedge.benchmarks.tradeoffs import guided, keep, ladder, measure_memory, measure_step_caching, ways
 from latentedge.runtime.bundle import Axis, Bundle, Component, Variant
 from latentedge.runtime.engines.hoisted import SHALLOW, part_name
 from latentedge.runtime.errors import EngineError, UsageError
@@ -111,11 +111,20 @@ def test_full_steps_crowd_at_either_end() -> None:
     assert lists == [[0, 9, 13, 17], [0, 2, 7, 13]]
 
 
+def test_guidance_is_computed_anew_evenly_and_closer_at_the_end() -> None:
+    found = [way["guidance_every"] for way in guided(20, [1.0] * 20) if "guidance_every" in way]
+    assert found[:4] == [2, 3, 4, 5]
+    assert [len(listed) for listed in found[4:]] == [10, 7, 5, 4]
+    assert found[-1] == [0, 7, 11, 16]
+    assert guided(20, []) == []
+    assert [way.get("guidance_every") for way in guided(2, [2.0, 1.0])] == [None]
+
+
 @pytest.mark.parametrize(("scale", "lows"), [(7.5, [2.0, 4.0]), (1.0, []), (None, [])])
 def test_guidance_is_left_out_of_the_last_steps(bundle: Bundle, scale: float | None, lows: list[float]) -> None:
     defaults = dataclasses.replace(bundle.manifest.defaults, guidance_scale=scale)
-    guided = Bundle(bundle.path, dataclasses.replace(bundle.manifest, defaults=defaults))
-    rows = measure_step_caching(guided, [("onnxruntime", "fp32")], {}, {}, 3, lambda line: None)
+    scaled = Bundle(bundle.path, dataclasses.replace(bundle.manifest, defaults=defaults))
+    rows = measure_step_caching(scaled, [("onnxruntime", "fp32")], {}, {}, 3, lambda line: None)
     found = [row["guidance_interval"] for row in rows if "guidance_interval" in row]
     # Of the sigmas 8, 4, 2, 1 a quarter is the last one, a half the last two.
     assert found == [[low, tradeoffs.HIGHEST_SIGMA] for low in lows]

@@ -101,7 +101,9 @@ def test_guidance_may_name_its_settings() -> None:
         "guidance_rescale": 0.7,
         "guidance_interval": [0.3, 5.0],
     }
-    for wrong in ("strong", "7:", "7:rescale", "7:interval=3", "7:scale=2"):
+    assert guidance_from("7.5:every=3") == {"guidance_scale": 7.5, "guidance_every": 3}
+    assert guidance_from("7.5:every=0+4+9") == {"guidance_scale": 7.5, "guidance_every": [0, 4, 9]}
+    for wrong in ("strong", "7:", "7:rescale", "7:interval=3", "7:scale=2", "7:every=", "7:every=2.5", "7:every=0,2"):
         with pytest.raises(UsageError, match="--guidance-scale takes"):
             guidance_from(wrong)
 

@@ -55,9 +55,22 @@ def test_text_and_image_guidance_weighs_both_differences() -> None:
     )
 
 
+ALL, KEPT, CONDITIONAL = guidance.Branches.ALL, guidance.Branches.KEPT, guidance.Branches.CONDITIONAL
+
+
 def test_the_interval_is_closed_and_none_is_everywhere() -> None:
-    assert guidance.within(3.0, None)
-    assert [guidance.within(sigma, (0.3, 5.0)) for sigma in (0.29, 0.3, 5.0, 5.1)] == [False, True, True, False]
+    assert guidance.planned([3.0], None, 1) == [ALL]
+    found = guidance.planned([5.1, 5.0, 0.3, 0.29], (0.3, 5.0), 1)
+    assert found == [CONDITIONAL, ALL, ALL, CONDITIONAL]
+
+
+def test_differences_are_kept_between_the_evaluations_that_compute_all() -> None:
+    sigmas = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
+    assert guidance.planned(sigmas, None, 3) == [ALL, KEPT, KEPT, ALL, KEPT, KEPT]
+    assert guidance.planned(sigmas, None, [0, 4]) == [ALL, KEPT, KEPT, KEPT, ALL, KEPT]
+    # Nothing is kept yet where guidance begins.
+    assert guidance.planned(sigmas, (3.5, 7.0), 4) == [CONDITIONAL, ALL, KEPT, KEPT, ALL, CONDITIONAL]
+    assert guidance.planned(sigmas, None, [2]) == [ALL, KEPT, ALL, KEPT, KEPT, KEPT]
 
 
 @pytest.mark.parametrize("width", [32, 256, 33])

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentedge.runtime import guidance
 from latentedge.runtime.bundle import ConcatInput, Conditioning
+from latentedge.runtime.denoiser import Branch, Denoiser
 from latentedge.runtime.engines import EngineOptions
 from latentedge.runtime.errors import UsageError
 from latentedge.runtime.noise import NoiseStream
@@ -99,6 +101,73 @@ def test_the_interval_counts_from_where_a_picture_starts() -> None:
     assert [step.index for step in steps] == list(range(4, 10))
     assert batches == [2 if 0.5 <= step.sigma <= 3.0 else 1 for step in steps]
     assert set(batches) == {1, 2}
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_differences_between_branches_are_kept(low_memory: bool) -> None:
+    """This UNet's branches always differ by the same, so that nothing is lost by keeping it."""
+    unet, batches = counting_unet()
+    pipe = bundles.pipeline(unet=unet)
+    pipe.options = EngineOptions(low_memory=low_memory)
+    options: dict[str, Any] = {"latents": LATENTS[:1], "guidance_rescale": 0.3}
+    every = draw(pipe, **options).latents
+    batches.clear()
+    kept = draw(pipe, **options, guidance_every=3).latents
+    assert batches == ([1, 1, 1, 1, 1, 1, 1] if low_memory else [2, 1, 1, 2, 1])
+    assert np.abs(kept - every).max() < 1e-5
+    assert np.array_equal(draw(pipe, **options, guidance_every=range(5)).latents, every)
+
+
+def test_kept_differences_are_those_of_the_last_whole_evaluation() -> None:
+    def unet(inputs: Any) -> Any:
+        shift = inputs["encoder_hidden_states"].mean(axis=(1, 2)) * inputs["timestep"]
+        return {"out_sample": inputs["sample"] * np.float32(0.3) + shift.astype(np.float32)[:, None, None, None]}
+
+    pipe = bundles.pipeline(unet=unet)
+    outputs: list[Any] = []
+    for every in (1, 2, [0, 3]):
+        options: dict[str, Any] = {"latents": LATENTS[:1], "guidance_every": every}
+        outputs.append([step.latents for step in pipe.steps(prompt_ids=IDS, negative_prompt_ids=NEGATIVE, **options)])
+    exact, second, listed = outputs
+    for index in range(5):
+        errors = [float(np.abs(found[index] - exact[index]).max()) for found in (second, listed)]
+        assert all((error < 1e-6) == (index == 0) for error in errors)
+    # Nearer to the truth with a younger difference.
+    assert np.abs(second[2] - exact[2]).max() < 0.7 * np.abs(listed[2] - exact[2]).max()
+
+
+def test_an_instructed_edit_keeps_three_branches() -> None:
+    def unet(inputs: Any) -> Any:
+        return bundles.unet(inputs)
+
+    manifest = bundles.text_manifest()
+    engine = bundles.pipeline(manifest, unet=unet).engine("unet")
+    hidden = np.random.default_rng(3).standard_normal((3, 1, 5, bundles.WIDTH)).astype(np.float32)
+    branches = [Branch({"encoder_hidden_states": one}) for one in hidden]
+    combine = guidance.text_and_image(7.5, 1.5)
+    sample = LATENTS[:1]
+    plan = [guidance.Branches.ALL, guidance.Branches.KEPT, guidance.Branches.CONDITIONAL]
+    model = Denoiser(engine, branches, combine).following(plan)
+    exact = Denoiser(engine, branches, combine)
+    assert np.array_equal(model(sample, 500.0), exact(sample, 500.0))
+    assert np.abs(model(2 * sample, 400.0) - exact(2 * sample, 400.0)).max() < 1e-5
+    alone = engine.run({"sample": sample, "timestep": np.float32([300]), "encoder_hidden_states": hidden[0]})[
+        "out_sample"
+    ]
+    assert np.array_equal(model(sample, 300.0), alone)
+
+
+@pytest.mark.parametrize("every", [0, -1, [], [3, -1]])
+def test_evaluations_of_guidance_that_do_not_exist(every: Any) -> None:
+    with pytest.raises(UsageError, match="guidance_every"):
+        draw(bundles.pipeline(), seed=1, guidance_every=every)
+
+
+def test_kept_differences_do_not_go_with_step_caching() -> None:
+    pipe = bundles.pipeline()
+    pipe.options = EngineOptions(cache_interval=2)
+    with pytest.raises(UsageError, match="does not go with step caching"):
+        draw(pipe, seed=1, guidance_every=2)
 
 
 def test_the_negative_prompt_and_the_scale_matter() -> None:

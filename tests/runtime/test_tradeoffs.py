@@ -130,6 +130,7 @@ def test_an_interval_within_noise_is_not_chosen() -> None:
         ({}, [{"steps": 20, "sampler": "euler"}]),
         ({}, [{"steps": 20, "guidance_scale": 12.0}]),
         ({"full": [0, 7]}, [{"steps": 30}]),
+        ({"guidance_every": [0, 7]}, [{"steps": 30}]),
     ],
 )
 def test_what_was_measured_of_something_else_is_an_error(
@@ -159,6 +160,18 @@ def test_more_steps_than_were_measured_lie_closer_and_may_follow() -> None:
             EngineOptions(),
             [{"steps": 20, "guidance_interval": [0.5, 1e9]}],
             "guidance at sigmas from 0.5 on",
+        ),
+        (
+            {"guidance_every": 3},
+            EngineOptions(),
+            [{"steps": 20, "guidance_every": 3}],
+            "guidance anew in one step of 3",
+        ),
+        (
+            {"guidance_every": [0, 5, 11]},
+            EngineOptions(),
+            [{"steps": 20, "guidance_every": [0, 5, 11]}],
+            "guidance anew in steps 0, 5, 11",
         ),
     ],
 )
@@ -200,6 +213,7 @@ def test_both_wishes_are_granted_together(monkeypatch: pytest.MonkeyPatch) -> No
         (EngineOptions(cache_interval=2), {}, Wishes(auto_quality=30)),
         (EngineOptions(cache_full=(0, 2)), {}, Wishes(auto_quality=30)),
         (EngineOptions(), {"guidance_interval": [0.3, 5]}, Wishes(auto_quality=30)),
+        (EngineOptions(), {"guidance_every": 2}, Wishes(auto_quality=30)),
     ],
 )
 def test_a_choice_by_hand_and_a_wish_exclude_each_other(

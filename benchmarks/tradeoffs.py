@@ -25,7 +25,7 @@ from latentedge.runtime.machine import machine_fingerprint
 from latentedge.runtime.selection import library_version
 from latentedge.runtime.tradeoffs import GUIDED, describe_reuse
 
-#: Intervals that step caching is measured with.
+#: Intervals that step caching and guidance are measured with.
 INTERVALS = (2, 3, 5, 7)
 
 #: Full steps that lie closer at the beginning (above 1) or at the end (below 1): the k-th of n of them is at the share
@@ -35,9 +35,8 @@ POWERS = (0.6, 1.6)
 #: Shares of the steps, counted from the last, that are computed without guidance (arXiv 2404.07724).
 UNGUIDED = (0.25, 0.5)
 
-#: Guidance is computed anew in one step of so many, and in as many steps that lie closer at the end, as POWERS has it.
-GUIDED_EVERY = (2, 3, 4, 5)
-GUIDED_POWER = 0.8
+#: As POWERS, of the steps that compute guidance anew.
+GUIDED_POWERS = (0.8,)
 
 #: An end of guidance's interval that lies above every sigma.
 HIGHEST_SIGMA = 1e9
@@ -148,8 +147,8 @@ def guided(steps: int, sigmas: Sequence[float]) -> list[dict[str, Any]]:
     """
     if not sigmas:
         return []
-    found: list[dict[str, Any]] = [{"guidance_every": every} for every in GUIDED_EVERY if every < steps]
-    found += [{"guidance_every": listed} for listed in _uneven(steps, GUIDED_EVERY, (GUIDED_POWER,))]
+    found: list[dict[str, Any]] = [{"guidance_every": every} for every in INTERVALS if every < steps]
+    found += [{"guidance_every": listed} for listed in _uneven(steps, INTERVALS, GUIDED_POWERS)]
     lows = [sigmas[-1 - int(share * len(sigmas))] for share in UNGUIDED if int(share * len(sigmas))]
     return found + [{"guidance_interval": [low, HIGHEST_SIGMA]} for low in dict.fromkeys(lows)]
 

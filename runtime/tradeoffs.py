@@ -87,7 +87,7 @@ def settle(
         chosen = choose(bundle, *setting)
         setting = chosen.backend, chosen.precision
         found_reuse, reason = reuse(bundle, *setting, wishes.auto_quality, requests)
-        notify(f"step caching: {reason}")
+        notify(f"auto-quality: {reason}")
         options = dataclasses.replace(
             options, cache_interval=found_reuse.get("interval") or 1, cache_full=tuple(found_reuse.get("full") or ())
         )

@@ -113,9 +113,9 @@ def test_full_steps_crowd_at_either_end() -> None:
 
 def test_guidance_is_computed_anew_evenly_and_closer_at_the_end() -> None:
     found = [way["guidance_every"] for way in guided(20, [1.0] * 20) if "guidance_every" in way]
-    assert found[:4] == [2, 3, 4, 5]
-    assert [len(listed) for listed in found[4:]] == [10, 7, 5, 4]
-    assert found[-1] == [0, 7, 11, 16]
+    assert found[:4] == list(tradeoffs.INTERVALS)
+    assert [len(listed) for listed in found[4:]] == [10, 7, 4, 3]
+    assert found[-2:] == [[0, 7, 11, 16], [0, 8, 14]]
     assert guided(20, []) == []
     assert [way.get("guidance_every") for way in guided(2, [2.0, 1.0])] == [None]
 

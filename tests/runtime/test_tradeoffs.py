@@ -202,7 +202,7 @@ def test_both_wishes_are_granted_together(monkeypatch: pytest.MonkeyPatch) -> No
     setting, options, lines = settled(monkeypatch, found, Wishes(int(2.5 * GIB), 30.0), EngineOptions(), request)
     assert setting == ("onnxruntime", "fp32")
     assert (options.low_memory, options.cache_interval, request["tile"]) == (True, 3, 32)
-    assert [line.split(":")[0] for line in lines] == ["measured here", "step caching"]
+    assert [line.split(":")[0] for line in lines] == ["measured here", "auto-quality"]
 
 
 @pytest.mark.parametrize(

@@ -127,11 +127,14 @@ def verdict(bounds: Sequence[Ratio]) -> str:
     return next((found for found in verdicts if found not in (FASTER, UNDECIDED)), UNDECIDED)
 
 
-def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn, floor_db: float) -> Record:
+def quality_record(
+    precision: str, backend: str, reference: Drawn, drawn: Drawn, floor_db: float, exchanged: Sequence[float] = ()
+) -> Record:
     """Pictures of a precision against fp32's. ``floor_db`` is the floor of the worst, ``floor_mean_db`` of the mean.
 
     Other pictures differ, so ``psnr_low_db``, the lower end of the mean's interval, has to be above the latter, and
-    ``psnr_worst_low_db``, what is foreseen of the worst of 64, above the former.
+    ``psnr_worst_low_db``, what is foreseen of the worst of 64, above the former. ``exchanged``: what
+    :meth:`~latentedge.calibration.scene.Scene.exchanged` gives.
     """
     found = differences(reference, drawn)
     mean, worst = summary(found)
@@ -144,7 +147,8 @@ def quality_record(precision: str, backend: str, reference: Drawn, drawn: Drawn,
         "psnr_db": mean,
         "psnr_low_db": mean_low(values),
         "psnr_worst_db": worst,
-        "psnr_worst_low_db": worst_low(values, floor_db + CLEAR_DB),
+        "psnr_worst_low_db": worst_low(values, floor_db + CLEAR_DB, exchanged),
+        **({"psnr_worst_exchanged_db": min(exchanged)} if exchanged else {}),
         "ssim": sum(entry.ssim for entry in found) / len(found),
         "floor_db": floor_db - WORST_BELOW_DB,
         "floor_mean_db": floor_db,
@@ -233,7 +237,9 @@ class _Shot:
     def record(self, bundle: Bundle) -> Record:
         with Studio(bundle, self.target, self.precision) as studio:
             drawn = self.scene.drawn(self.engine, studio)
-        record = quality_record(self.precision, self.target.backend, self.scene.reference, drawn, self.floor_db)
+            exchanged = self.scene.exchanged(drawn, studio)
+        reference = self.scene.reference
+        record = quality_record(self.precision, self.target.backend, reference, drawn, self.floor_db, exchanged)
         if not self.target.timed:
             # The Q/DQ graph fixes the arithmetic, so its pictures stand for the engine that is not here.
             record["measured_with"] = record.pop("backend")

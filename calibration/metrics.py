@@ -74,18 +74,20 @@ def mean_low(values: Sequence[float]) -> float:
     return float(np.quantile(drawn.mean(axis=1), TAIL))
 
 
-def worst_low(values: Sequence[float], most: float) -> float:
+def worst_low(values: Sequence[float], most: float, exchanged: Sequence[float] = ()) -> float:
     """What the worst of 64 further pictures holds in nine of ten cases, in dB; never more than the worst of these.
 
     A prediction limit of normal values: ``mean - t s sqrt(1 + 1 / n)`` with ``t`` the quantile ``1 - 0.1 / 64`` of
     Student's distribution. ``values`` over ``most`` count as that: pictures that are all but the same say nothing about
     how far others fall. Where the worst lies :data:`JUMP_DB` below the median, something jumped in few pictures (an entry
-    of a codebook turned over), and others may fall :data:`FURTHER_DB` deeper. Of fewer than eight pictures it is the worst.
+    of a codebook turned over), and others may fall :data:`FURTHER_DB` deeper; ``exchanged`` are pictures that tell of jumps
+    alone. Of fewer than eight pictures it is the worst.
     """
-    worst, count = float(np.min(values)), len(values)
+    everything = [*values, *exchanged]
+    worst, count = float(np.min(everything)), len(values)
     if count < LEAST_PICTURES:
         return worst
-    if float(np.median(values)) - worst > JUMP_DB:
+    if float(np.median(everything)) - worst > JUMP_DB:
         worst -= FURTHER_DB
     usual = np.minimum(np.asarray(values, np.float64), most)
     away = student_quantile(1 - WORSE / FORESEEN, count - 1) * float(usual.std(ddof=1)) * (1 + 1 / count) ** 0.5

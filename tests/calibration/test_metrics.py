@@ -222,6 +222,15 @@ def test_a_mean_of_few_pictures_far_apart_is_not_certain() -> None:
     assert 0.9 <= np.mean(covered) < 1
 
 
+def test_pictures_with_the_errors_of_others_tell_of_jumps_alone() -> None:
+    alike = [100.0] * 16
+    assert worst_low(alike, 50.0) == 50.0
+    assert worst_low(alike, 50.0, [100.0] * 239 + [24.9]) == pytest.approx(14.9)
+    spread = [34.0, 35.0, 36.0, 33.5] * 4
+    assert worst_low(spread, 50.0, [33.6] * 240) == worst_low(spread, 50.0), "they do not narrow the spread"
+    assert worst_low(spread, 50.0, [25.0]) == 25.0
+
+
 def test_few_pictures_that_jumped_do_not_tell_how_far_others_fall() -> None:
     alike = [100.0] * 15
     assert worst_low([*alike, 29.7], 34.0) == pytest.approx(19.7)

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from latentedge.benchmarks.peers.run import GUIDANCE_SCALE
+
 #: What is compared: by the clock, by the seconds that the processes spent on processors, and whole pictures.
 COLUMNS = {"step": "step", "processor": "step, processor seconds", "picture": "picture"}
 
 
 def table(result: dict[str, Any]) -> str:
     """One measured file as a Markdown table: seconds of this project and of the peer, and the ratio with its interval."""
-    settings = f"{result['workload']}, {result['threads']} threads, {result['own']}"
+    asked = {"own_interval": "1", "own_guidance": str(GUIDANCE_SCALE)}
+    changed = [f", {name.removeprefix('own_')} {result[name]}" for name, plain in asked.items() if result[name] != plain]
+    settings = f"{result['workload']}, {result['threads']} threads, {result['own']}{''.join(changed)}"
     head = f"| {settings}: against | " + " | ".join(COLUMNS.values()) + " | peak memory |\n"
     lines = [head + "|---" * (len(COLUMNS) + 2) + "|"]
     for row in result["rows"]:

@@ -28,7 +28,7 @@ from latentedge.runtime.bundle import Bundle, graph_precision
 from latentedge.runtime.engines.base import EngineOptions
 from latentedge.runtime.engines.hoisted import DENOISER, SHALLOW, part_name
 from latentedge.runtime.errors import EngineError
-from latentedge.runtime.generate_command import caching_from
+from latentedge.runtime.generate_command import caching_from, guidance_from
 from latentedge.runtime.machine import machine, usable_cores
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ Pair = tuple[list[float], list[float]]
 #: take a core from whoever comes next.
 SETTLING_SECONDS = 0.3
 
-#: Guidance of every picture, which makes two evaluations of each step.
+#: Guidance of every picture, which makes two evaluations of each step; ours may be asked for fewer.
 GUIDANCE_SCALE = 7.5
 
 #: Side of a picture in pixels, and pixels of a latent's side for the downscaling of the workload's decoder.
@@ -88,6 +88,7 @@ def _fits(pin: str) -> bool:
 @click.option(
     "--own-interval", default="1", show_default=True, help="This project's step caching: every n-th step, or 0,2,5,9."
 )
+@click.option("--own-guidance", default=f"{GUIDANCE_SCALE}", help="This project's guidance, such as 7.5:every=0+1+2.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option(
     "--pictures", default=1, show_default=True, help="Rounds in which whole pictures are drawn; 0: steps only."
@@ -98,7 +99,7 @@ def main(workload: str, output: Path, only: str, dry_run: bool, **options: Any) 
     """Measure this project beside each peer on WORKLOAD; remove a peer's file to measure it again."""
     table = json.loads((HERE / "peers.json").read_text(encoding="utf-8"))
     threads = options["threads"] or usable_cores()
-    settings = {name: options[name] for name in ("own", "own_interval", "steps", "rounds", "pictures")}
+    settings = {name: options[name] for name in ("own", "own_interval", "own_guidance", "steps", "rounds", "pictures")}
     settings |= {"workload": workload, "threads": threads, "machine": machine()}
     peers = [peer for peer in table["peers"] if only in peer["name"] and workload not in peer.get("not_for", ())]
     kept = {peer["name"]: _kept(result_file(output, peer["name"]), settings) for peer in peers}
@@ -221,7 +222,7 @@ def summary(row: dict[str, Any], own: str) -> str:
 def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
     side, downscale = SIDES[workload]
     backend, precision = options["own"].split(":")
-    request = {"steps": options["steps"], "height": side, "width": side, "guidance_scale": GUIDANCE_SCALE}
+    request = {"steps": options["steps"], "height": side, "width": side, **guidance_from(options["own_guidance"])}
     settings = dict(peer["settings"])
     message = {
         "folder": str(options["folder"].absolute()),

@@ -81,10 +81,6 @@ class Plan:
     #: How the statistics were taken: samples, steps, digest of the fp32 graph.
     calibration: dict[str, Any] = field(default_factory=dict)
 
-    def precision_of(self, block: str) -> str:
-        """``"int8"`` or ``"float"``."""
-        return next((entry.precision for entry in self.blocks if entry.name == block), FLOAT)
-
     def quantised_blocks(self) -> frozenset[str]:
         """Names of the blocks that become INT8."""
         return frozenset(entry.name for entry in self.blocks if entry.precision == INT8)

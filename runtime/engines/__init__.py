@@ -6,10 +6,9 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
-from latentedge.runtime.bundle import Bundle, Component, Variant
+from latentedge.runtime.bundle import Bundle, Component
 from latentedge.runtime.engines.base import Engine, EngineOptions
 from latentedge.runtime.errors import MissingDependencyError, UsageError
 
@@ -89,8 +88,3 @@ def open_engine(bundle: Bundle, component: str, name: str, precision: str, optio
         if parts is not None:
             return parts
     return opener(bundle, spec, precision, options)
-
-
-def variant_file(bundle: Bundle, component: Component, precision: str) -> tuple[Path, Variant]:
-    """Graph file and record of a component's precision."""
-    return bundle.variant(component.name, precision)

@@ -20,6 +20,9 @@ FORESEEN, WORSE, LEAST_PICTURES = 64, 0.1, 8
 #: 9.6 dB were seen between the worst of 16 pictures and the worst of 24 further ones.
 JUMP_DB, FURTHER_DB = 20.0, 10.0
 
+#: How much deeper than the worst of pictures with each other's errors others may fall: 2.8 dB were seen.
+BEYOND_EXCHANGED_DB = 3.0
+
 #: Given to pictures without any difference, in dB.
 IDENTICAL_DB = 100.0
 #: Window of SSIM, as Wang et al. 2004 define it: an 11 x 11 Gaussian of sigma 1.5, K1 = 0.01, K2 = 0.03.
@@ -80,15 +83,17 @@ def worst_low(values: Sequence[float], most: float, exchanged: Sequence[float] =
     A prediction limit of normal values: ``mean - t s sqrt(1 + 1 / n)`` with ``t`` the quantile ``1 - 0.1 / 64`` of
     Student's distribution. ``values`` over ``most`` count as that: pictures that are all but the same say nothing about
     how far others fall. Where the worst lies :data:`JUMP_DB` below the median, something jumped in few pictures (an entry
-    of a codebook turned over), and others may fall :data:`FURTHER_DB` deeper; ``exchanged`` are pictures that tell of jumps
-    alone. Of fewer than eight pictures it is the worst.
+    of a codebook turned over), and others may fall :data:`FURTHER_DB` deeper. ``exchanged`` are many more pictures, which tell
+    of jumps alone: others may fall :data:`BEYOND_EXCHANGED_DB` deeper than the worst of them. Of fewer than eight pictures it
+    is the worst.
     """
-    everything = [*values, *exchanged]
-    worst, count = float(np.min(everything)), len(values)
+    worst, count = float(np.min(values)), len(values)
+    if exchanged:
+        worst = min(worst, float(np.min(exchanged)) - BEYOND_EXCHANGED_DB)
+    elif count >= LEAST_PICTURES and float(np.median(values)) - worst > JUMP_DB:
+        worst -= FURTHER_DB
     if count < LEAST_PICTURES:
         return worst
-    if float(np.median(everything)) - worst > JUMP_DB:
-        worst -= FURTHER_DB
     usual = np.minimum(np.asarray(values, np.float64), most)
     away = student_quantile(1 - WORSE / FORESEEN, count - 1) * float(usual.std(ddof=1)) * (1 + 1 / count) ** 0.5
     return float(min(worst, float(usual.mean()) - away))

@@ -16,7 +16,9 @@ COLUMNS = {"step": "step", "processor": "step, processor seconds", "picture": "p
 def table(result: dict[str, Any]) -> str:
     """One measured file as a Markdown table: seconds of this project and of the peer, and the ratio with its interval."""
     asked = {"own_interval": "1", "own_guidance": str(GUIDANCE_SCALE)}
-    changed = [f", {name.removeprefix('own_')} {result[name]}" for name, plain in asked.items() if result[name] != plain]
+    changed = [
+        f", {name.removeprefix('own_')} {result[name]}" for name, plain in asked.items() if result[name] != plain
+    ]
     settings = f"{result['workload']}, {result['threads']} threads, {result['own']}{''.join(changed)}"
     head = f"| {settings}: against | " + " | ".join(COLUMNS.values()) + " | peak memory |\n"
     lines = [head + "|---" * (len(COLUMNS) + 2) + "|"]

@@ -51,11 +51,11 @@ class Denoiser:
         self._conditional = conditional
         self._separate = separate
         self._tile = tile
-        self._written: tuple[int, ...] | None = None
+        self._written: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._timesteps = np.zeros(0, np.float32)
         self._stacked: dict[tuple[int, ...], dict[str, Array]] = {}
         self._axes: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[str, int]] = {}
         self._concat_scale = np.float32(1)
-        self.evaluations = 0
 
     def __call__(self, sample: Array, timestep: float) -> Array:
         """Guided model output, float32 ``[N, C, h, w]``, for ``sample`` as the sampler scaled it."""
@@ -111,23 +111,28 @@ class Denoiser:
         return -(-tile // (4 * multiple)) * multiple
 
     def _output(self, stacked: Array, timestep: float, chosen: tuple[int, ...]) -> Array:
-        timesteps = np.full(len(stacked), timestep, np.float32)
+        # Between two evaluations the caches hold the network: what is done here in each is kept short.
+        written = chosen, stacked.shape
+        if self._engine.writer is not self or self._written != written:
+            self._begin(stacked, *written)
+        self._timesteps.fill(timestep)
+        self._engine.write("sample", stacked)
+        self._engine.write("timestep", self._timesteps)
+        self._engine.run()
+        return self._engine.read("out_sample")
+
+    def _begin(self, stacked: Array, chosen: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Bind the engine for ``stacked`` and write what stays; an engine that is bound anew has another writer."""
+        self._timesteps = np.zeros(len(stacked), np.float32)
         constants = self._constants(chosen)
         # Solved once for each shape: ``write`` checks every array all the same.
-        if (chosen, stacked.shape) not in self._axes:
-            arrays = {"sample": stacked, "timestep": timesteps, **constants}
-            self._axes[chosen, stacked.shape] = self._engine.component.axes_of(arrays)
-        self._engine.bind(**self._axes[chosen, stacked.shape])
-        if self._engine.writer is not self or self._written != chosen:
-            for name, array in constants.items():
-                self._engine.write(name, array)
-            self._engine.writer = self
-            self._written = chosen
-        self._engine.write("sample", stacked)
-        self._engine.write("timestep", timesteps)
-        self._engine.run()
-        self.evaluations += 1
-        return self._engine.read("out_sample")
+        if (chosen, shape) not in self._axes:
+            arrays = {"sample": stacked, "timestep": self._timesteps, **constants}
+            self._axes[chosen, shape] = self._engine.component.axes_of(arrays)
+        self._engine.bind(**self._axes[chosen, shape])
+        for name, array in constants.items():
+            self._engine.write(name, array)
+        self._engine.writer, self._written = self, (chosen, shape)
 
     def _constants(self, chosen: tuple[int, ...]) -> dict[str, Array]:
         if chosen not in self._stacked:

@@ -119,8 +119,6 @@ class OpenVINOEngine(Engine):
         self._weights = weights
         self._compiled: dict[tuple[tuple[str, int], ...], tuple[Any, dict[str, Array]]] = {}
         self._buffers: dict[str, Array] = {}
-        #: Shapes of the outputs for the bound axes.
-        self._declared: dict[str, tuple[int, ...]] = {}
         self._request: Any = None
 
     def _configure(self, options: EngineOptions) -> dict[str, Any]:
@@ -141,10 +139,9 @@ class OpenVINOEngine(Engine):
                 del self._compiled[next(iter(self._compiled))]
             self._compiled[key] = self._compile()
         self._request, self._buffers = self._compiled[key]
-        self._declared = {spec.name: spec.resolve(self.axes) for spec in self.component.outputs}
 
     def _compile(self) -> tuple[Any, dict[str, Array]]:
-        """An inference request for the bound axes, and the arrays that it reads its inputs from."""
+        """An inference request for the bound axes, and the arrays that it reads its inputs from and writes outputs to."""
         shapes = {spec.name: spec.resolve(self.axes) for spec in self.component.inputs}
         try:
             with giving_back([*self._weights, *(self._cache.glob("*.blob") if self._cache else ())]):
@@ -159,10 +156,22 @@ class OpenVINOEngine(Engine):
                 f"openvino computes {self.component.name} in {floats}, asked for was {self._floats} ({self.precision})."
             )
         request = compiled.create_infer_request()
-        buffers = {spec.name: np.zeros(shapes[spec.name], np.dtype(spec.dtype)) for spec in self.component.inputs}
+        tensors = (*self.component.inputs, *self.component.outputs)
+        buffers = {spec.name: np.zeros(spec.resolve(self.axes), np.dtype(spec.dtype)) for spec in tensors}
+        for spec in self.component.outputs:
+            self._check_output(compiled.output(spec.name), spec.name, buffers[spec.name])
         for name, buffer in buffers.items():
             request.set_tensor(name, self._openvino.Tensor(buffer, shared_memory=True))
         return request, buffers
+
+    def _check_output(self, port: Any, name: str, buffer: Array) -> None:
+        """The library writes into ``buffer``, so it must be what the graph computes."""
+        shape, dtype = port.partial_shape, port.element_type.to_dtype()
+        if shape.is_dynamic or tuple(shape.to_shape()) != buffer.shape or dtype != buffer.dtype:
+            raise EngineError(
+                f"{self.component.name} output {name}: declared {buffer.dtype} {list(buffer.shape)}, "
+                f"computed {dtype} {shape}."
+            )
 
     def _compile_properties(self) -> dict[str, Any]:
         if self._cache is None:
@@ -181,13 +190,7 @@ class OpenVINOEngine(Engine):
             raise EngineError(f"openvino failed in {self.component.name}: {error}") from error
 
     def _read(self, spec: TensorSpec) -> Array:
-        array = np.array(self._request.get_tensor(spec.name).data, dtype=spec.dtype)
-        expected = self._declared[spec.name]
-        if array.shape != expected:
-            raise EngineError(
-                f"{self.component.name} output {spec.name}: declared {list(expected)}, computed {list(array.shape)}."
-            )
-        return array
+        return self._buffers[spec.name].copy()
 
     def _close(self) -> None:
         self._request = None

@@ -17,8 +17,9 @@ def ddim(call: Call) -> Update:
 
     The previous timestep is ``T // steps`` lower, which is not the next entry of every spacing.
     """
-    previous = call.timestep - int(call.config["num_train_timesteps"]) // call.plan.steps
-    a, a_previous = call.alpha(call.timestep), call.alpha(previous)
+    timestep = call.timestep
+    previous = timestep - int(call.config["num_train_timesteps"]) // call.plan.steps
+    a, a_previous = call.alpha(timestep), call.alpha(previous)
     alpha, sigma = np.sqrt(a), np.sqrt(F32(1) - a)
     denoised = limited(call.config, denoised_of(call.kind, call.latents, call.output, alpha, sigma))
     noise = noise_of(call.kind, call.latents, call.output, alpha, sigma)

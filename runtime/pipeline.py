@@ -269,10 +269,8 @@ class Pipeline:
         first = begin if run.request.start is None else run.request.start.index + 1
         interval, every = run.request.guidance_interval, run.request.guidance_every
         if every != 1 and self.options.caching:
-            raise UsageError(
-                "guidance_every does not go with step caching: deep blocks are kept for all branches at once.",
-                hint="leave one of the two out",
-            )
+            # Deep blocks are kept for all branches at once.
+            raise UsageError("guidance_every does not go with step caching.", hint="leave one of the two out")
         if unconditional is not None and (interval is not None or every != 1):
             model = denoiser.following(guidance.planned(plan.input_sigmas[first:], interval, every))
         elif self.bundle.task == "super-resolution" and run.schedule["dialect"] != "compvis":

@@ -151,7 +151,8 @@ class HoistedEngine(Engine):
         self._next_timestep = b""
         self._current: bytes | None = None
         self._lowest = float("inf")
-        self._timesteps: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
+        #: Results by bound axes and timestep.
+        self._timesteps: OrderedDict[tuple[tuple[tuple[str, int], ...], bytes], dict[str, Array]] = OrderedDict()
 
     def _bind(self) -> None:
         for engine in self._parts:
@@ -160,7 +161,9 @@ class HoistedEngine(Engine):
                 if self._shape_only(engine, spec.name):
                     engine.write(spec.name, np.zeros(spec.resolve(self.axes), np.dtype(spec.dtype)))
         self._changed.clear()
-        self._forget()
+        # What is kept of this binding from before stays: guidance in a part of the steps goes from one to another and back.
+        self._current = None
+        self._restart()
 
     def _shape_only(self, engine: Engine, name: str) -> bool:
         """Whether a hoisted part takes an input for its shape alone: what read its data would not be in that part."""
@@ -196,10 +199,11 @@ class HoistedEngine(Engine):
         return self._timestep is not None and any(spec.name in known for spec in self._timestep.component.inputs)
 
     def _timestep_outputs(self, engine: Engine) -> dict[str, Array]:
-        kept = self._timesteps.get(self._next_timestep)
+        key = tuple(sorted(self.axes.items())), self._next_timestep
+        kept = self._timesteps.get(key)
         if kept is None:
             engine.run()
-            kept = self._timesteps[self._next_timestep] = self._outputs(engine)
+            kept = self._timesteps[key] = self._outputs(engine)
             if len(self._timesteps) > KEPT_TIMESTEPS:
                 self._timesteps.popitem(last=False)
         return kept
@@ -214,7 +218,7 @@ class HoistedEngine(Engine):
                 engine.write(name, array)
 
     def _forget(self) -> None:
-        """Results of another conditioning or another binding are of no use."""
+        """Results of another conditioning are of no use."""
         self._timesteps.clear()
         self._current = None
         self._restart()

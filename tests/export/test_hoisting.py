@@ -228,6 +228,19 @@ def test_parts_run_only_when_their_inputs_changed(also: tuple[str, ...]) -> None
     engine.bind(batch=2)
     engine.write("context", np.full(2, 3.0, np.float32))
     assert step(0.5, 9.0) == expected(3.0, 9.0)
+    assert parts["timestep"].runs == runs["timestep"] + len(also)
+
+
+def test_each_binding_keeps_its_timesteps() -> None:
+    engine, parts = counting_engine()
+    for batch, runs in ((2, 1), (1, 2), (2, 2), (1, 2)):
+        engine.bind(batch=batch)
+        for name in ("sample", "context"):
+            engine.write(name, np.zeros(batch, np.float32))
+        engine.write("timestep", np.full(batch, 9.0, np.float32))
+        engine.run()
+        assert engine.read("out_sample").tolist() == [90.0] * batch
+        assert parts["timestep"].runs == runs
 
 
 def test_timesteps_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,17 +114,17 @@ class Denoiser:
         # Between two evaluations the caches hold the network: what is done here in each is kept short.
         written = chosen, stacked.shape
         if self._engine.writer is not self or self._written != written:
-            self._begin(stacked, *written)
+            self._begin(stacked, chosen)
         self._timesteps.fill(timestep)
         self._engine.write("sample", stacked)
         self._engine.write("timestep", self._timesteps)
         self._engine.run()
         return self._engine.read("out_sample")
 
-    def _begin(self, stacked: Array, chosen: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    def _begin(self, stacked: Array, chosen: tuple[int, ...]) -> None:
         """Bind the engine for ``stacked`` and write what stays; an engine that is bound anew has another writer."""
         self._timesteps = np.zeros(len(stacked), np.float32)
-        constants = self._constants(chosen)
+        constants, shape = self._constants(chosen), stacked.shape
         # Solved once for each shape: ``write`` checks every array all the same.
         if (chosen, shape) not in self._axes:
             arrays = {"sample": stacked, "timestep": self._timesteps, **constants}

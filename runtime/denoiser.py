@@ -47,6 +47,7 @@ class Denoiser:
     ) -> None:
         self._engine = engine
         self._branches = tuple(branches)
+        self._all = tuple(range(len(self._branches)))
         self._combine = combine
         self._conditional = conditional
         self._separate = separate
@@ -59,7 +60,7 @@ class Denoiser:
 
     def __call__(self, sample: Array, timestep: float) -> Array:
         """Guided model output, float32 ``[N, C, h, w]``, for ``sample`` as the sampler scaled it."""
-        return self._combine(self.evaluate(sample, timestep, range(len(self._branches))))
+        return self._combine(self.evaluate(sample, timestep, self._all))
 
     def following(self, plan: Iterable[guidance.Branches]) -> Callable[[Array, float], Array]:
         """The same model, each evaluation with the branches that ``plan`` names for it."""
@@ -68,7 +69,7 @@ class Denoiser:
         def model(sample: Array, timestep: float) -> Array:
             entry = next(entries)
             if entry is guidance.Branches.ALL:
-                outputs = self.evaluate(sample, timestep, range(len(self._branches)))
+                outputs = self.evaluate(sample, timestep, self._all)
                 differences[:] = [outputs[self._conditional] - output for output in outputs]
                 return self._combine(outputs)
             (output,) = self.evaluate(sample, timestep, (self._conditional,))
@@ -88,12 +89,12 @@ class Denoiser:
 
         return model
 
-    def evaluate(self, sample: Array, timestep: float, chosen: Sequence[int]) -> list[Array]:
+    def evaluate(self, sample: Array, timestep: float, chosen: tuple[int, ...]) -> list[Array]:
         """The outputs of the ``chosen`` branches, by index."""
         sample = np.ascontiguousarray(sample, np.float32)
         if self._separate:
             return [self._run(sample, timestep, (index,))[0] for index in chosen]
-        return self._run(sample, timestep, tuple(chosen))
+        return self._run(sample, timestep, chosen)
 
     def _run(self, sample: Array, timestep: float, chosen: tuple[int, ...]) -> list[Array]:
         stacked = np.concatenate([self._with_concat(sample, self._branches[index]) for index in chosen])
@@ -103,7 +104,7 @@ class Denoiser:
             output = tiled(
                 lambda piece: self._output(piece, timestep, chosen), stacked, self._tile, self._overlap(self._tile), 1
             )
-        return list(output.reshape(len(chosen), -1, *output.shape[1:]))
+        return [output[row : row + len(sample)] for row in range(0, len(output), len(sample))]
 
     def _overlap(self, tile: int) -> int:
         """At least a quarter of a tile, in steps that the network's own halvings do not shift against each other."""

@@ -31,9 +31,11 @@ def classifier_free(scale: float, rescale: float = 0.0) -> Combine:
     if not 0 <= rescale <= 1:
         raise UsageError(f"guidance_rescale must be between 0 and 1, found {rescale}")
 
+    factor = np.float32(scale)
+
     def combine(outputs: Sequence[Array]) -> Array:
         unconditional, conditional = outputs
-        guided = unconditional + np.float32(scale) * (conditional - unconditional)
+        guided = unconditional + factor * (conditional - unconditional)
         return rescaled(guided, conditional, rescale) if rescale else guided
 
     return combine

@@ -39,10 +39,7 @@ def _read_layout(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, Mapping):
         value = value.get("objects")
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, Mapping) for item in value):
-        raise UsageError(
-            "a layout is a list of objects.",
-            hint=EXAMPLE,
-        )
+        raise UsageError("a layout is a list of objects.", hint=EXAMPLE)
     return [dict(item) for item in value]
 
 

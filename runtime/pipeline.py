@@ -67,12 +67,7 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls,
-        path: str | Path,
-        backend: str = "auto",
-        precision: str = "auto",
-        *,
-        options: EngineOptions | None = None,
+        cls, path: str | Path, backend: str = "auto", precision: str = "auto", *, options: EngineOptions | None = None
     ) -> Pipeline:
         """Open the bundle at ``path``.
 

@@ -62,6 +62,7 @@ class Engine(ABC):
         self._written: set[str] = set()
         #: Inputs by name as the bound axes make them: declaration, dtype, shape.
         self._expected: dict[str, tuple[TensorSpec, np.dtype[Any], tuple[int, ...]]] = {}
+        self._offered = {spec.name: spec for spec in component.outputs}
         self._bound = False
         self._closed = False
 
@@ -91,8 +92,8 @@ class Engine(ABC):
 
     def write(self, name: str, array: Array) -> None:
         """Copy an input. Dtype and shape must be exactly what the component declares for the bound axes."""
-        self._check_open()
-        if not self._bound or name not in self._expected:
+        if self._closed or not self._bound or name not in self._expected:
+            self._check_open()
             self.component.input(name)
             self._check_bound()
         spec, dtype, expected = self._expected[name]
@@ -128,9 +129,11 @@ class Engine(ABC):
 
     def read(self, name: str) -> Array:
         """A copy of an output of the last ``run``."""
-        self._check_open()
-        self._check_bound()
-        return self._read(self.component.output(name))
+        if self._closed or not self._bound or name not in self._offered:
+            self._check_open()
+            self._check_bound()
+            self.component.output(name)
+        return self._read(self._offered[name])
 
     def close(self) -> None:
         """Free everything; closing twice is allowed."""

@@ -185,7 +185,7 @@ class HoistedEngine(Engine):
             self._restart()
             if self._conditioning is not None:
                 self._conditioning.run()
-                self._pass_on(self._outputs(self._conditioning))
+                self._pass_on(self._outputs_of(self._conditioning))
         if self._timestep is not None and self._next_timestep != self._current:
             self._pass_on(self._timestep_outputs(self._timestep))
             self._current = self._next_timestep
@@ -203,13 +203,13 @@ class HoistedEngine(Engine):
         kept = self._timesteps.get(key)
         if kept is None:
             engine.run()
-            kept = self._timesteps[key] = self._outputs(engine)
+            kept = self._timesteps[key] = self._outputs_of(engine)
             if len(self._timesteps) > KEPT_TIMESTEPS:
                 self._timesteps.popitem(last=False)
         return kept
 
     @staticmethod
-    def _outputs(engine: Engine) -> dict[str, Array]:
+    def _outputs_of(engine: Engine) -> dict[str, Array]:
         return {spec.name: engine.read(spec.name) for spec in engine.component.outputs}
 
     def _pass_on(self, arrays: Mapping[str, Array]) -> None:

@@ -17,11 +17,7 @@ from latentedge.runtime.engines.plans import engines_folder
 from latentedge.runtime.errors import EngineError, MissingDependencyError, UsageError
 
 #: Provider by what ``EngineOptions.device`` begins with; "cuda:1" is the second GPU.
-PROVIDERS = {
-    "gpu": "CUDAExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+PROVIDERS = {"gpu": "CUDAExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
 def is_gpu(device: str | None) -> bool:

@@ -20,14 +20,7 @@ from latentedge.runtime.bundle import Array, Bundle, Component, TensorSpec
 from latentedge.runtime.engines import cuda
 from latentedge.runtime.engines.base import Engine, EngineOptions
 from latentedge.runtime.engines.kernel_cache import KernelCache, open_kernel_cache
-from latentedge.runtime.engines.plans import (
-    Plan,
-    Target,
-    choose_plan,
-    rebuild_command,
-    this_platform,
-    usable_plans,
-)
+from latentedge.runtime.engines.plans import Plan, Target, choose_plan, rebuild_command, this_platform, usable_plans
 from latentedge.runtime.errors import EngineError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:

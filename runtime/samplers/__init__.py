@@ -14,9 +14,8 @@ import numpy as np
 
 from latentedge.runtime import schedules
 from latentedge.runtime.errors import LatentEdgeError, UsageError
-from latentedge.runtime.noise import NoiseStream, Recorded
 from latentedge.runtime.samplers import compvis, deis, discrete, dpm_solver, edm, euler, plans, plms, sa_solver, unipc
-from latentedge.runtime.samplers.base import Call, History, Update
+from latentedge.runtime.samplers.base import Call, Draws, History, Update
 from latentedge.runtime.samplers.plans import Plan
 from latentedge.runtime.schedules import F32, Array
 
@@ -249,26 +248,6 @@ def _sampler(config: Mapping[str, Any]) -> Sampler:
     return COMPVIS[name] if config.get("dialect") == "compvis" and name in COMPVIS else SAMPLERS[name]
 
 
-class _Draws:
-    """The noise of a run, in the order in which it is taken."""
-
-    def __init__(self, noise: Any, shape: tuple[int, ...], taken: int) -> None:
-        self.taken, self._shape = 0, shape
-        if noise is None:
-            noise = NoiseStream("torch", 0)
-        elif isinstance(noise, np.ndarray):
-            noise = Recorded(noise)
-        self.recorded = bool(getattr(noise, "recorded", False))
-        method = "standard_normal" if isinstance(noise, np.random.Generator) else "normal"
-        self._next: Callable[[tuple[int, ...]], Array] = getattr(noise, method, noise)
-        for _ in range(taken):  # to where the saved step had left the stream
-            self()
-
-    def __call__(self) -> Array:
-        self.taken += 1
-        return np.asarray(self._next(self._shape), F32)
-
-
 def sample(
     model: Model, latents: Array, schedule: Mapping[str, Any], sampler: str | None, steps: int, *, eta: float | None = None,
     noise: Any = None, begin: int = 0, start: Step | None = None, **options: Any,
@@ -303,24 +282,24 @@ def follow(
     eta = float(plan.config.get("eta", 0.0)) if eta is None else eta
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must be between 0 and 1, found {eta}")
-    return _run(model, plan, latents, history, begin, eta, _Draws(noise, latents.shape, history.draws))
+    return _run(model, plan, latents, history, begin, eta, Draws(noise, latents.shape, history.draws))
 
 
 def _run(
-    model: Model, plan: Plan, latents: Array, history: History, begin: int, eta: float, draws: _Draws
+    model: Model, plan: Plan, latents: Array, history: History, begin: int, eta: float, draws: Draws
 ) -> Generator[Step, Array | None, None]:
-    update, count, channels = _sampler(plan.config).update, len(plan.timesteps), latents.shape[1]
+    update, channels = _sampler(plan.config).update, latents.shape[1]
+    timesteps, sigmas = plan.timesteps.tolist(), plan.sigmas.tolist()
     learned = str(plan.config.get("variance_type")).startswith("learned")
-    for index in range(begin, count):
-        timestep, sigma = plan.timesteps[index].item(), float(plan.sigmas[index])
+    for index in range(begin, len(timesteps)):
+        timestep = timesteps[index]
         output = np.asarray(model(plan.scaled_input(latents, index), timestep), F32)
         if learned and update is not discrete.ddpm:
             output = output[:, :channels]
         if output.shape != latents.shape and not learned:
             raise LatentEdgeError(f"the model gave shape {output.shape} for a sample of shape {latents.shape}")
+        call = Call(plan, index, latents, output, history, eta, draws)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # at sigma 0 log-SNR is infinite
-            result = update(Call(plan, index, latents, output, history, eta, draws, draws.recorded))
-        history = replace(result.history, calls=history.calls + 1, draws=draws.taken)
-        latents = result.latents
-        sent = yield Step(index, timestep, sigma, latents, result.denoised, index == count - 1, history)
+            latents, denoised, history = update(call)
+        sent = yield Step(index, timestep, sigmas[index], latents, denoised, index == len(timesteps) - 1, history)
         latents = latents if sent is None else np.asarray(sent, F32)

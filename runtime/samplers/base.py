@@ -6,12 +6,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from latentedge.runtime.noise import NoiseStream, Recorded
 from latentedge.runtime.samplers.plans import Plan
 from latentedge.runtime.schedules import F32, Array, Config
 
 
-@dataclass(frozen=True)
-class History:
+class Draws:
+    """The noise of a run: each call gives the next N(0, 1) array of the sample's shape, float32."""
+
+    def __init__(self, noise: Any, shape: tuple[int, ...], taken: int) -> None:
+        self.taken, self._shape = 0, shape
+        noise = NoiseStream("torch", 0) if noise is None else noise
+        noise = Recorded(noise) if isinstance(noise, np.ndarray) else noise
+        #: The draws are replayed, so they are used as they are.
+        self.recorded = bool(getattr(noise, "recorded", False))
+        method = "standard_normal" if isinstance(noise, np.random.Generator) else "normal"
+        self._next: Callable[[tuple[int, ...]], Array] = getattr(noise, method, noise)
+        for _ in range(taken):  # to where the saved step had left the stream
+            self()
+
+    def __call__(self) -> Array:
+        """The next draw."""
+        self.taken += 1
+        return np.asarray(self._next(self._shape), F32)
+
+
+# One of each of these is made between two evaluations, when the caches hold the network: hence what is cheap to make.
+class History(NamedTuple):
     """What a sampler remembers between evaluations; bounded, never changed in place, so a saved one stays valid."""
 
     calls: int = 0  # evaluations since the loop began, which is not the index in a partial loop
@@ -33,7 +56,7 @@ class Update(NamedTuple):
     history: History
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """One evaluation: ``output`` is what the model gave for ``latents`` at ``index`` of the plan."""
 
@@ -43,8 +66,7 @@ class Call:
     output: Array
     history: History
     eta: float
-    draw: Callable[[], Array]  # the next N(0, 1) array of the sample's shape
-    recorded: bool  # the draws are replayed, so they are used as they are
+    draw: Draws
 
     @property
     def config(self) -> Config:
@@ -87,6 +109,13 @@ class Call:
             return F32(1)
         return self.plan.alphas_cumprod[max(timestep, 0)]
 
+    def level(self, timestep: int) -> tuple[Any, Any]:
+        """(alpha, sigma) at ``timestep``: the square roots of ``alpha(timestep)`` and of what it lacks to 1."""
+        if timestep < 0 and self.config.get("set_alpha_to_one"):
+            return F32(1), F32(0)
+        alphas, sigmas = self.plan.levels
+        return alphas[max(timestep, 0)], sigmas[max(timestep, 0)]
+
     def done(self, latents: Array, denoised: Array, **remembered: Any) -> Update:
         """The update, remembering ``outputs``, ``sample`` and ``partial`` as given and forgetting what is not."""
-        return Update(latents, denoised, History(self.history.calls, self.history.draws, **remembered))
+        return Update(latents, denoised, History(self.history.calls + 1, self.draw.taken, **remembered))

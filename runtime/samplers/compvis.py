@@ -70,16 +70,19 @@ def ancestral_tables(betas: Array) -> dict[str, Array]:
 
 def _step(call: Call, sample: Array, noise: Array, here: int, there: int) -> tuple[Array, Array]:
     """(the sample at ``there``, x0): DDIM's equation 12; below the last timestep alpha is that of timestep 0."""
-    a, a_previous = call.alpha(here), call.plan.alphas_cumprod[max(there, 0)]
-    denoised = (sample - np.sqrt(F32(1) - a) * noise) / np.sqrt(a)
-    sigma = F32(call.eta * np.sqrt((1 - float(a_previous)) / (1 - float(a)) * (1 - float(a) / float(a_previous))))
-    latents = np.sqrt(a_previous) * denoised + np.sqrt(F32(1) - a_previous - np.square(sigma)) * noise
-    return (latents + sigma * call.draw() if call.eta > 0 else latents), denoised
+    there = max(there, 0)
+    (alpha, sigma), (alpha_there, sigma_there) = call.level(here), call.level(there)
+    denoised = (sample - sigma * noise) / alpha
+    if call.eta == 0:
+        return alpha_there * denoised + sigma_there * noise, denoised
+    a, a_there = float(call.alpha(here)), float(call.alpha(there))
+    std = F32(call.eta * np.sqrt((1 - a_there) / (1 - a) * (1 - a / a_there)))
+    latents = alpha_there * denoised + np.sqrt(F32(1) - call.alpha(there) - np.square(std)) * noise
+    return latents + std * call.draw(), denoised
 
 
 def _noise(call: Call) -> Array:
-    a = call.alpha(call.timestep)
-    return noise_of(call.kind, call.latents, call.output, np.sqrt(a), np.sqrt(F32(1) - a))
+    return noise_of(call.kind, call.latents, call.output, *call.level(call.timestep))
 
 
 def ddim(call: Call) -> Update:
@@ -105,8 +108,8 @@ def plms(call: Call) -> Update:
 
 def ddpm(call: Call) -> Update:
     """Ancestral sampling: Ho et al. 2020 (arXiv 2006.11239), algorithm 2; a draw is taken at t = 0 and not used."""
-    tables, t, a = call.plan.tables, call.timestep, call.alpha(call.timestep)
-    denoised = denoised_of(call.kind, call.latents, call.output, np.sqrt(a), np.sqrt(F32(1) - a))
+    tables, t = call.plan.tables, call.timestep
+    denoised = denoised_of(call.kind, call.latents, call.output, *call.level(t))
     if call.kind == "epsilon":
         weights = tables["sqrt_recip_alphas_cumprod"][t], tables["sqrt_recipm1_alphas_cumprod"][t]
         denoised = weights[0] * call.latents - weights[1] * call.output

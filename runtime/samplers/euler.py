@@ -132,7 +132,7 @@ def dpmpp_sde(call: Call) -> Update:
         return call.done(call.latents + (call.latents - denoised) / sigma * (sigma_next - sigma), denoised)
     t, noise = -log32(sigma), call.draw()
     middle = call.plan.tables["middle"][call.index // 2]
-    if start is not None and not call.recorded and call.history.partial is not None:
+    if start is not None and not call.draw.recorded and call.history.partial is not None:
         share = (sigma - middle) / (sigma - sigma_next)
         noise = np.sqrt(share) * call.history.partial + np.sqrt(F32(1) - share) * noise
     t_target = -log32(middle) if start is None else -log32(sigma_next)

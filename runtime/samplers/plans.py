@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ class Plan:
     def input_sigmas(self) -> Array:
         """Float32 [n]: the sigma of each evaluation, midpoints included."""
         return np.asarray(self.tables.get("input_sigmas", self.sigmas[: len(self.timesteps)]))
+
+    @cached_property
+    def levels(self) -> tuple[Array, Array]:
+        """(alpha, sigma), float32 [T] each: how much of the signal and of the noise a sample holds at each timestep."""
+        return np.sqrt(self.alphas_cumprod), np.sqrt(F32(1) - self.alphas_cumprod)
 
     def scaled_input(self, sample: Array, index: int) -> Array:
         """The sample as the model takes it at evaluation ``index``: in sigma space divided by sqrt(sigma**2 + 1)."""

@@ -30,15 +30,14 @@ def adams_bashforth(outputs: tuple[Array, ...]) -> Array:
 def _transfer(call: Call, sample: Array, timestep: int, previous: int, output: Array) -> Array:
     """Liu et al. 2022 (arXiv 2202.09778), equation 11: from ``timestep`` to ``previous`` along ``output``."""
     a, a_previous = call.alpha(timestep), call.alpha(previous)
-    noise = noise_of(call.kind, sample, output, np.sqrt(a), np.sqrt(F32(1) - a))
+    noise = noise_of(call.kind, sample, output, *call.level(timestep))
     scale = a * np.sqrt(F32(1) - a_previous) + np.sqrt(a * (F32(1) - a) * a_previous)
     return np.asarray(np.sqrt(a_previous / a) * sample - (a_previous - a) * noise / scale)
 
 
 def pndm(call: Call) -> Update:
     """PNDM: Liu et al. 2022, algorithm 2; with skip_prk_steps the first step averages two evaluations instead."""
-    a = call.alpha(call.timestep)
-    denoised = denoised_of(call.kind, call.latents, call.output, np.sqrt(a), np.sqrt(F32(1) - a))
+    denoised = denoised_of(call.kind, call.latents, call.output, *call.level(call.timestep))
     if call.history.calls < len(call.plan.tables["prk"]):
         return _runge_kutta(call, denoised)
     step, past = int(call.config["num_train_timesteps"]) // call.plan.steps, call.history

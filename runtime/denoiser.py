@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentedge.runtime import guidance
 from latentedge.runtime.bundle import Array
 from latentedge.runtime.engines.base import Engine
 from latentedge.runtime.samplers.plans import Plan
@@ -62,20 +61,20 @@ class Denoiser:
         """Guided model output, float32 ``[N, C, h, w]``, for ``sample`` as the sampler scaled it."""
         return self._combine(self.evaluate(sample, timestep, self._all))
 
-    def following(self, plan: Iterable[guidance.Branches]) -> Callable[[Array, float], Array]:
-        """The same model, each evaluation with the branches that ``plan`` names for it."""
-        entries, differences = iter(plan), list[Array]()
+    def following(self, plan: Iterable[float | None]) -> Callable[[Array, float], Array]:
+        """The same model, each evaluation with the branches that ``guidance.planned`` names for it."""
+        shares, differences = iter(plan), list[Array]()
 
         def model(sample: Array, timestep: float) -> Array:
-            entry = next(entries)
-            if entry is guidance.Branches.ALL:
+            share = next(shares)
+            if share is None:
                 outputs = self.evaluate(sample, timestep, self._all)
                 differences[:] = [outputs[self._conditional] - output for output in outputs]
                 return self._combine(outputs)
             (output,) = self.evaluate(sample, timestep, (self._conditional,))
-            if entry is guidance.Branches.CONDITIONAL:
+            if share == 0:
                 return output
-            return self._combine([output - difference for difference in differences])
+            return self._combine([output - np.float32(share) * difference for difference in differences])
 
         return model
 
@@ -113,8 +112,7 @@ class Denoiser:
 
     def _output(self, stacked: Array, timestep: float, chosen: tuple[int, ...]) -> Array:
         # Between two evaluations the caches hold the network: what is done here in each is kept short.
-        written = chosen, stacked.shape
-        if self._engine.writer is not self or self._written != written:
+        if self._engine.writer is not self or self._written != (chosen, stacked.shape):
             self._begin(stacked, chosen)
         self._timesteps.fill(timestep)
         self._engine.write("sample", stacked)

@@ -5,17 +5,20 @@ A ``Combine`` takes the outputs, float32 [N, C, h, w] each, in the order that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from latentedge.runtime.errors import UsageError
-from latentedge.runtime.schedules import exp32, log32
+from latentedge.runtime.samplers.plans import Plan
+from latentedge.runtime.schedules import Array, alpha_sigma, exp32, log32
 
-Array = npt.NDArray[np.float32]
 Combine = Callable[[Sequence[Array]], Array]
+
+#: What a kept difference is multiplied by for each evaluation since it was computed: one that is carried on unchanged
+#: steers too far, since nothing shows it that the sample has followed (measured: ``docs/speed.md``).
+FADING = 0.9
+LOWEST_ALPHA = 0.1
 
 
 def only(outputs: Sequence[Array]) -> Array:
@@ -59,33 +62,39 @@ def text_and_image(scale: float, image_scale: float) -> Combine:
     return combine
 
 
-class Branches(Enum):
-    """What one evaluation computes: every branch, the conditional one beside kept differences, or it alone, unguided."""
-
-    ALL = "all"
-    KEPT = "kept"
-    CONDITIONAL = "conditional"
-
-
 def planned(
-    sigmas: Iterable[float], interval: tuple[float, float] | None, every: int | Sequence[int]
-) -> list[Branches]:
-    """What each evaluation of a run computes; ``sigmas`` are its evaluations' own.
+    plan: Plan, begin: int, interval: tuple[float, float] | None, every: int | Sequence[int]
+) -> list[float | None]:
+    """For each evaluation of a run from ``begin`` on: None, every branch is computed; else the conditional one alone.
 
-    Guidance is on where sigma lies in ``interval`` (Kynkaanniemi et al. 2024, arXiv 2404.07724); None is everywhere.
-    There the other branches are computed in every n-th evaluation, or in those listed in ``every`` (counted from 0), and
-    their differences from the conditional one are kept for the evaluations between: they change slowly from step to
-    step (Lyu et al. 2024, arXiv 2410.19355, keep them by frequency). The first guided evaluation computes all.
+    Then the number is what the other branches' kept differences from it are multiplied by, 0 where guidance is off.
+    It is on where sigma lies in ``interval`` (Kynkaanniemi et al. 2024, arXiv 2404.07724); None is everywhere. There the
+    other branches are computed in every n-th evaluation, or in those listed in ``every`` (counted from ``begin``), the
+    first guided one included: differences change slowly (Lyu et al. 2024, arXiv 2410.19355, keep them by frequency).
     """
-    plan: list[Branches] = []
-    for index, sigma in enumerate(sigmas):
+    expected, shares, last = _expected(plan), list[float | None](), None
+    for index, sigma in enumerate(plan.input_sigmas[begin:]):
         if interval is not None and not interval[0] <= sigma <= interval[1]:
-            plan.append(Branches.CONDITIONAL)
-        elif Branches.ALL not in plan or (index % every == 0 if isinstance(every, int) else index in every):
-            plan.append(Branches.ALL)
+            shares.append(0.0)
+        elif last is None or (index % every == 0 if isinstance(every, int) else index in every):
+            shares.append(None)
+            last = index
         else:
-            plan.append(Branches.KEPT)
-    return plan
+            shares.append(float(expected[begin + index] / expected[begin + last]) * FADING ** (index - last))
+    return shares
+
+
+def _expected(plan: Plan) -> Array:
+    """How large a difference between two branches is at each evaluation beside the others, float32 [n], never rising.
+
+    In noise it is sigma times the gradient of log p(condition | sample) (Ho & Salimans 2022, equation 5), which is taken
+    to stay. What the model gives in place of noise, the sample being the same, differs by 1 / alpha of that (v, flow) or
+    by -sigma / alpha of that (the denoised sample), where alpha is not so small that this would be all.
+    """
+    alpha, sigma = alpha_sigma(plan.input_sigmas, plan.space == "flow" or bool(plan.config.get("use_flow_sigmas")))
+    kind = "flow" if plan.space == "flow" else str(plan.config["prediction_type"]).removeprefix("original_")
+    alpha = np.maximum(alpha, LOWEST_ALPHA)
+    return np.asarray(sigma / alpha * {"epsilon": alpha, "sample": sigma}.get(kind, np.float32(1)))
 
 
 def guidance_embedding(weight: float, width: int) -> Array:

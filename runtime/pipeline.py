@@ -267,7 +267,7 @@ class Pipeline:
             # Deep blocks are kept for all branches at once.
             raise UsageError("guidance_every does not go with step caching.", hint="leave one of the two out")
         if unconditional is not None and (interval is not None or every != 1):
-            model = denoiser.following(guidance.planned(plan.input_sigmas[first:], interval, every))
+            model = denoiser.following(guidance.planned(plan, first, interval, every))
         elif self.bundle.task == "super-resolution" and run.schedule["dialect"] != "compvis":
             model = denoiser.scaling_concat(plan, first)
         model = corrected(model, self.bundle, self.precision)

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentedge.runtime import guidance
+from latentedge.runtime import guidance, samplers
 from latentedge.runtime.errors import UsageError
+from latentedge.runtime.parametrisation import noise_of
+from latentedge.runtime.schedules import alpha_sigma
 
 DRAWS = np.random.default_rng(2).standard_normal((3, 2, 4, 5, 5)).astype(np.float32)
 
@@ -55,22 +57,67 @@ def test_text_and_image_guidance_weighs_both_differences() -> None:
     )
 
 
-ALL, KEPT, CONDITIONAL = guidance.Branches.ALL, guidance.Branches.KEPT, guidance.Branches.CONDITIONAL
+def ddim_plan(steps: int, prediction_type: str = "epsilon") -> samplers.Plan:
+    schedule = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": prediction_type}
+    return samplers.prepare(schedule, None, steps)
+
+
+def computed(shares: list[float | None]) -> list[int]:
+    return [index for index, share in enumerate(shares) if share is None]
 
 
 def test_the_interval_is_closed_and_none_is_everywhere() -> None:
-    assert guidance.planned([3.0], None, 1) == [ALL]
-    found = guidance.planned([5.1, 5.0, 0.3, 0.29], (0.3, 5.0), 1)
-    assert found == [CONDITIONAL, ALL, ALL, CONDITIONAL]
+    plan = ddim_plan(4)
+    assert guidance.planned(plan, 0, None, 1) == [None] * 4
+    _, second, third, _ = plan.input_sigmas.tolist()
+    assert guidance.planned(plan, 0, (third, second), 1) == [0.0, None, None, 0.0]
+    assert guidance.planned(plan, 1, (third, second), 1) == [None, None, 0.0]
 
 
 def test_differences_are_kept_between_the_evaluations_that_compute_all() -> None:
-    sigmas = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0]
-    assert guidance.planned(sigmas, None, 3) == [ALL, KEPT, KEPT, ALL, KEPT, KEPT]
-    assert guidance.planned(sigmas, None, [0, 4]) == [ALL, KEPT, KEPT, KEPT, ALL, KEPT]
+    plan = ddim_plan(6)
+    assert computed(guidance.planned(plan, 0, None, 3)) == [0, 3]
+    assert computed(guidance.planned(plan, 2, None, 3)) == [0, 3]
+    assert computed(guidance.planned(plan, 0, None, [0, 4])) == [0, 4]
+    assert computed(guidance.planned(plan, 0, None, [2])) == [0, 2]
     # Nothing is kept yet where guidance begins.
-    assert guidance.planned(sigmas, (3.5, 7.0), 4) == [CONDITIONAL, ALL, KEPT, KEPT, ALL, CONDITIONAL]
-    assert guidance.planned(sigmas, None, [2]) == [ALL, KEPT, ALL, KEPT, KEPT, KEPT]
+    inner = float(plan.input_sigmas[4]), float(plan.input_sigmas[1])
+    found = guidance.planned(plan, 0, inner, 4)
+    assert computed(found) == [1, 4]
+    assert [index for index, share in enumerate(found) if share == 0] == [0, 5]
+
+
+def test_a_kept_difference_fades_and_follows_the_noise() -> None:
+    plan = ddim_plan(20)
+    sigma = plan.input_sigmas / np.sqrt(1 + plan.input_sigmas**2)
+    found = guidance.planned(plan, 0, None, [0, 8])
+    for index in range(9, 20):
+        expected = sigma[index] / sigma[8] * 0.9 ** (index - 8)
+        assert found[index] == pytest.approx(expected, rel=1e-5)
+    # A run that begins later has what its own last whole evaluation says.
+    assert guidance.planned(plan, 8, None, [0])[1:] == pytest.approx(found[9:], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_every_parametrisation_keeps_the_same_noise(kind: str) -> None:
+    sample, *outputs = DRAWS.astype(np.float64)
+    # From where alpha is above a tenth on.
+    of_noise, own = (guidance.planned(ddim_plan(20, name), 4, None, [0]) for name in ("epsilon", kind))
+    levels = [alpha_sigma(sigma) for sigma in ddim_plan(20).input_sigmas[4:]]
+    unconditional, conditional = (noise_of(kind, sample, output, *levels[0]) for output in outputs)
+    for share, share_of_noise, level in zip(own[1:], of_noise[1:], levels[1:], strict=True):
+        assert share is not None
+        assert share_of_noise is not None
+        kept = outputs[1] - share * (outputs[1] - outputs[0])
+        found = noise_of(kind, sample, outputs[1], *level) - noise_of(kind, sample, kept, *level)
+        np.testing.assert_allclose(found, share_of_noise * (conditional - unconditional), rtol=1e-4, atol=1e-6)
+
+
+def test_flow_keeps_finite_shares_from_pure_noise_on() -> None:
+    plan = samplers.prepare({"_class_name": "FlowMatchEulerDiscreteScheduler"}, None, 8)
+    assert plan.input_sigmas[0] == 1
+    shares = guidance.planned(plan, 0, None, [0])[1:]
+    assert all(share is not None and 0 < share < 1 for share in shares)
 
 
 @pytest.mark.parametrize("width", [32, 256, 33])

@@ -9,8 +9,13 @@ from typing import Any
 
 from latentedge.benchmarks.peers.run import GUIDANCE_SCALE
 
-#: What is compared: by the clock, by the seconds that the processes spent on processors, and whole pictures.
-COLUMNS = {"step": "step", "processor": "step, processor seconds", "picture": "picture"}
+#: Headings of what ``run.MEASURED`` names.
+COLUMNS = {
+    "step": "step",
+    "processor": "step, processor seconds",
+    "mean": "mean step of a picture",
+    "picture": "picture",
+}
 
 
 def table(result: dict[str, Any]) -> str:

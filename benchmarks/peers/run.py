@@ -40,6 +40,9 @@ Pair = tuple[list[float], list[float]]
 #: take a core from whoever comes next.
 SETTLING_SECONDS = 0.3
 
+#: What is compared: a step by the clock and in processor seconds, the mean of a picture's steps, whole pictures.
+MEASURED = ("step", "processor", "mean", "picture")
+
 #: Guidance of every picture, which makes two evaluations of each step; ours may be asked for fewer.
 GUIDANCE_SCALE = 7.5
 
@@ -210,7 +213,7 @@ def summary(row: dict[str, Any], own: str) -> str:
     if "failed" in row:
         return f"  failed: {row['failed']}"
     parts = []
-    for what in ("step", "processor", "picture"):
+    for what in MEASURED:
         if what in row:
             ratio = row[what]["ratio"]
             interval = f"{ratio['low']:.2f}-{ratio['high']:.2f}"
@@ -252,24 +255,17 @@ def _measure(peer: dict[str, Any], python: str, workload: str, threads: int, opt
         )
         message["pictures"] = bool(options["pictures"])
         theirs = other.ask("load", **message)
-        steps: Pair = ([], [])
-        processor: Pair = ([], [])
-        pictures: Pair = ([], [])
+        measured: dict[str, Pair] = {name: ([], []) for name in MEASURED}
+        draws = peer["environment"] != "onnxruntime" and "most_steps" not in peer["settings"]
         for index in range(options["rounds"]):
-            _step_round(own, other, steps, processor)
-            if (
-                index < options["pictures"]
-                and peer["environment"] != "onnxruntime"
-                and "most_steps" not in peer["settings"]
-            ):
-                pictures[0].append(_turn(own, "picture")["seconds"])
-                pictures[1].append(_turn(other, "picture")["seconds"])
+            _step_round(own, other, measured)
+            if index < options["pictures"]:
+                _picture_round(own, other, measured, draws)
         found = {
             "steps": message["steps"],
             "first_picture_seconds": [loaded["first_picture_seconds"], theirs["first_picture_seconds"]],
             "memory": [own.ask("memory"), other.ask("memory")],
         }
-        measured = {"step": steps, "processor": processor, "picture": pictures}
         return found | {name: _result(*pair) for name, pair in measured.items() if pair[1]}
 
 
@@ -278,13 +274,23 @@ def _turn(process: MeasuredProcess, do: str, **message: Any) -> dict[str, Any]:
     return process.ask(do, **message)
 
 
-def _step_round(own: MeasuredProcess, other: MeasuredProcess, steps: Pair, processor: Pair) -> None:
+def _step_round(own: MeasuredProcess, other: MeasuredProcess, measured: dict[str, Pair]) -> None:
     """One guided step of each, the second of two, so that what the other one left in the caches does not count."""
     answers = _turn(own, "component", name="unet", runs=2), _turn(other, "step", runs=2)
     for index, answer in enumerate(answers):
-        steps[index].append(answer["seconds"][-1])
+        measured["step"][index].append(answer["seconds"][-1])
         if "processor_seconds" in answers[1]:
-            processor[index].append(answer["processor_seconds"][-1])
+            measured["processor"][index].append(answer["processor_seconds"][-1])
+
+
+def _picture_round(own: MeasuredProcess, other: MeasuredProcess, measured: dict[str, Pair], draws: bool) -> None:
+    """A picture of each that ``draws`` one. Ours may leave a part out of some steps: their mean, beside the peer's step."""
+    answer = _turn(own, "picture")
+    measured["mean"][0].append(sum(answer["steps"]) / len(answer["steps"]))
+    measured["mean"][1].append(measured["step"][1][-1])
+    if draws:
+        measured["picture"][0].append(answer["seconds"])
+        measured["picture"][1].append(_turn(other, "picture")["seconds"])
 
 
 def _result(own: list[float], other: list[float]) -> dict[str, Any]:

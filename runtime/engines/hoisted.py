@@ -26,6 +26,12 @@ FULL, SHALLOW = "full", "shallow"
 #: Timesteps whose results are kept, so that the next picture of the same schedule does not compute them again.
 KEPT_TIMESTEPS = 256
 
+#: Bindings whose conditioning is kept while another one is bound.
+KEPT_BINDINGS = 2
+
+#: Bound axes, by name, sorted.
+Axes = tuple[tuple[str, int], ...]
+
 
 def part_name(component: str, part: str) -> str:
     """The component that holds a part, such as ``unet.step``."""
@@ -147,14 +153,20 @@ class HoistedEngine(Engine):
                 if not self._shape_only(engine, spec.name):
                     self._readers.setdefault(spec.name, []).append(engine)
         self._changed: set[str] = set()
+        self._bound_axes: Axes = ()
+        #: What was written that is neither sample nor timestep, and for other bindings that with what came of it.
+        self._given: dict[str, Array] = {}
+        self._conditioned = False
+        self._kept: OrderedDict[Axes, tuple[dict[str, Array], dict[str, Array]]] = OrderedDict()
         #: The written timestep, and the one whose results the step holds.
         self._next_timestep = b""
         self._current: bytes | None = None
         self._lowest = float("inf")
         #: Results by bound axes and timestep.
-        self._timesteps: OrderedDict[tuple[tuple[tuple[str, int], ...], bytes], dict[str, Array]] = OrderedDict()
+        self._timesteps: OrderedDict[tuple[Axes, bytes], dict[str, Array]] = OrderedDict()
 
     def _bind(self) -> None:
+        self._keep_conditioning()
         for engine in self._parts:
             engine.bind(**{name: self.axes[name] for name in engine.component.axes})
             for spec in engine.component.inputs:
@@ -163,7 +175,17 @@ class HoistedEngine(Engine):
         self._changed.clear()
         # What is kept of this binding from before stays: guidance in a part of the steps goes from one to another and back.
         self._current = None
+        self._bound_axes = tuple(sorted(self.axes.items()))
         self._restart()
+
+    def _keep_conditioning(self) -> None:
+        """Guidance in a part of the steps comes back to a binding with the same prompt: what came of it stays."""
+        if self._conditioning is not None and self._conditioned and not self._changed:
+            self._kept[self._bound_axes] = self._given, self._outputs_of(self._conditioning)
+            self._kept.move_to_end(self._bound_axes)
+            if len(self._kept) > KEPT_BINDINGS:
+                self._kept.popitem(last=False)
+        self._given, self._conditioned = {}, False
 
     def _shape_only(self, engine: Engine, name: str) -> bool:
         """Whether a hoisted part takes an input for its shape alone: what read its data would not be in that part."""
@@ -177,20 +199,30 @@ class HoistedEngine(Engine):
             if float(array[0]) >= self._lowest:
                 self._restart()
             self._next_timestep, self._lowest = array.tobytes(), float(array[0])
+        elif spec.name != "sample":
+            self._given[spec.name] = array.copy()
 
     def _run(self) -> None:
         if self._changed - {"sample", "timestep"}:
-            if self._timestep_follows(self._changed):
-                self._forget()
-            self._restart()
-            if self._conditioning is not None:
-                self._conditioning.run()
-                self._pass_on(self._outputs_of(self._conditioning))
+            self._condition()
         if self._timestep is not None and self._next_timestep != self._current:
             self._pass_on(self._timestep_outputs(self._timestep))
             self._current = self._next_timestep
         self._changed.clear()
         self._step.run()
+
+    def _condition(self) -> None:
+        """Hand the step what follows from the conditioning as it was written."""
+        given, outputs = self._kept.get(self._bound_axes, ({}, {}))
+        if not given or any(not np.array_equal(given[name], array) for name, array in self._given.items()):
+            self._kept.pop(self._bound_axes, None)
+            if self._timestep_follows(self._changed):
+                self._forget()
+            if self._conditioning is not None:
+                self._conditioning.run()
+                outputs, self._conditioned = self._outputs_of(self._conditioning), True
+        self._restart()
+        self._pass_on(outputs)
 
     def _timestep_follows(self, changed: set[str]) -> bool:
         """Whether what depends on the timestep depends on what was written anew as well, as SDXL's added embeddings do."""
@@ -199,7 +231,7 @@ class HoistedEngine(Engine):
         return self._timestep is not None and any(spec.name in known for spec in self._timestep.component.inputs)
 
     def _timestep_outputs(self, engine: Engine) -> dict[str, Array]:
-        key = tuple(sorted(self.axes.items())), self._next_timestep
+        key = self._bound_axes, self._next_timestep
         kept = self._timesteps.get(key)
         if kept is None:
             engine.run()
@@ -219,9 +251,9 @@ class HoistedEngine(Engine):
 
     def _forget(self) -> None:
         """Results of another conditioning are of no use."""
-        self._timesteps.clear()
+        for key in [key for key in self._timesteps if key[0] == self._bound_axes]:
+            del self._timesteps[key]
         self._current = None
-        self._restart()
 
     def _restart(self) -> None:
         """Timesteps fall within a picture: one that does not begins another."""
@@ -234,4 +266,5 @@ class HoistedEngine(Engine):
     def _close(self) -> None:
         for engine in self._parts:
             engine.close()
-        self._forget()
+        self._kept.clear()
+        self._timesteps.clear()

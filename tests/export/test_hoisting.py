@@ -243,6 +243,46 @@ def test_each_binding_keeps_its_timesteps() -> None:
         assert parts["timestep"].runs == runs
 
 
+@pytest.mark.parametrize("also", [(), ("key",), ("context",)])
+def test_each_binding_keeps_its_conditioning(also: tuple[str, ...]) -> None:
+    """Guidance in a part of the steps goes from one batch to another and back, with a prompt that stays."""
+    engine, parts = counting_engine(*also)
+
+    def step(batch: int, context: float, timestep: float) -> None:
+        engine.bind(batch=batch)
+        engine.write("sample", np.full(batch, 0.5, np.float32))
+        engine.write("context", np.full(batch, context, np.float32))
+        engine.write("timestep", np.full(batch, timestep, np.float32))
+        engine.run()
+        expected = 0.5 + context + 10 * (timestep + context * len(also))
+        assert engine.read("out_sample").tolist() == [expected] * batch
+
+    def runs() -> tuple[int, int]:
+        return parts["conditioning"].runs, parts["timestep"].runs
+
+    for timestep in (9.0, 5.0, 9.0):
+        for batch in (2, 1):
+            step(batch, 1.0, timestep)
+    assert runs() == (2, 4)
+    # Another prompt, then the first one, which is no longer kept; the other batch has it still.
+    step(2, 3.0, 9.0)
+    step(2, 1.0, 9.0)
+    assert runs() == (4, 6 if also else 4)
+    step(1, 1.0, 5.0)
+    assert runs() == (4, 6 if also else 4)
+    step(2, 1.0, 9.0)
+    assert runs() == (4, 6 if also else 4)
+    # What is written is the caller's to change.
+    context = np.full(1, 1.0, np.float32)
+    engine.bind(batch=1)
+    engine.write("context", context)
+    context[:] = 7
+    engine.write("sample", np.zeros(1, np.float32))
+    engine.write("timestep", np.full(1, 5.0, np.float32))
+    engine.run()
+    assert engine.read("out_sample").tolist() == [1 + 10 * (5 + len(also))]
+
+
 def test_timesteps_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentedge.runtime.engines.hoisted.KEPT_TIMESTEPS", 2)
     engine, parts = counting_engine()

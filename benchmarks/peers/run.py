@@ -162,7 +162,8 @@ def make_workload(workload: str, options: dict[str, Any], pins: list[str]) -> No
     """The workload's diffusers folder and its bundle, made beside the environments where they are not given."""
     root = options["environments"]
     options["folder"] = options["folder"] or root / workload
-    options["bundle"] = options["bundle"] or root / f"{workload}.bundle"
+    # The ranges of its INT8 graphs come from a picture of as many steps: one of 4 does not visit the noise that 20 do.
+    options["bundle"] = options["bundle"] or root / f"{workload}-{options['steps']}.bundle"
     if not (options["folder"] / "model_index.json").is_file():
         python = environment_of("diffusers", pins, root)
         subprocess.run([python, str(HERE / "workload.py"), workload, str(options["folder"])], check=True)

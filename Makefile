@@ -58,10 +58,12 @@ OWN ?= openvino:int8+bf16
 bench-peers: $(VENV)/dev-installed
 	$(BIN)/python -m latentedge.benchmarks.peers.run default $(PEERS) --own $(OWN) --rounds 9 -o build/peers/default.json
 	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --own $(OWN) --rounds 3 -o build/peers/sd15.json
+	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --own $(OWN) --rounds 3 --pictures 3 \
+		--own-guidance 7.5:every=4 -o build/peers/sd15-kept.json
 	$(BIN)/python -m latentedge.benchmarks.peers.run sd15 $(PEERS) --own $(OWN) --rounds 1 --steps 20 --own-interval 5 \
 		--only full -o build/peers/sd15-20.json
 	test -n "$(PEERS)" || $(BIN)/python -m latentedge.benchmarks.peers.results \
-		build/peers/default.json build/peers/sd15.json build/peers/sd15-20.json
+		build/peers/default.json build/peers/sd15.json build/peers/sd15-kept.json build/peers/sd15-20.json
 
 clean:
 	rm -rf .venv .types build dist *.egg-info

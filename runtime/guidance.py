@@ -87,7 +87,7 @@ def planned(
 def _expected(plan: Plan) -> Array:
     """How large a difference between two branches is at each evaluation beside the others, float32 [n], never rising.
 
-    In noise it is sigma times the gradient of log p(condition | sample) (Ho & Salimans 2022, equation 5), which is taken
+    In noise it is sigma times the gradient of log p(condition | sample) (Ho & Salimans 2022, section 3), which is taken
     to stay. What the model gives in place of noise, the sample being the same, differs by 1 / alpha of that (v, flow) or
     by -sigma / alpha of that (the denoised sample), where alpha is not so small that this would be all.
     """

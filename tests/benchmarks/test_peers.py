@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from latentedge.benchmarks.peers import run
+from latentedge.benchmarks.peers import results, run
 from latentedge.benchmarks.peers.run import HERE, SIDES, main, result_file
 from latentedge.runtime.errors import EngineError
 
@@ -76,3 +76,38 @@ def test_a_dry_run_measures_nothing_and_says_how_long_it_takes(tmp_path: Path, m
     assert "about 25 minutes" in output
     assert measured == []
     assert not (tmp_path / "sd15.json").exists()
+
+
+class Answering:
+    """A process that answers what it is asked for."""
+
+    def __init__(self, **answers: dict[str, Any]) -> None:
+        self.answers, self.asked = answers, list[str]()
+
+    def ask(self, do: str, **_: Any) -> dict[str, Any]:
+        self.asked.append(do)
+        return self.answers[do]
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_the_mean_of_a_pictures_steps_is_beside_the_peers_step(draws: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SETTLING_SECONDS", 0)
+    own: Any = Answering(
+        component={"seconds": [9.0, 1.0], "processor_seconds": [9.0, 2.0]},
+        picture={"seconds": 12.0, "steps": [4.0, 1.0, 1.0, 2.0]},
+    )
+    other: Any = Answering(step={"seconds": [9.0, 6.0]}, picture={"seconds": 36.0})
+    measured: dict[str, run.Pair] = {name: ([], []) for name in run.MEASURED}
+    for _ in range(2):
+        run._step_round(own, other, measured)
+        run._picture_round(own, other, measured, draws)
+    pictures = ([12.0] * 2, [36.0] * 2) if draws else ([], [])
+    expected = {"step": ([1.0] * 2, [6.0] * 2), "processor": ([], []), "mean": ([2.0] * 2, [6.0] * 2)}
+    assert measured == {**expected, "picture": pictures}
+    assert other.asked == (["step", "picture"] if draws else ["step"]) * 2
+    row = {name: run._result(*pair) for name, pair in measured.items() if pair[1]}
+    assert row["mean"]["ratio"]["ratio"] == 3
+    assert set(results.COLUMNS) == set(run.MEASURED)
+    cells = [results._cell(row.get(name)) for name in results.COLUMNS]
+    assert cells[2].startswith("2.000 / 6.000 s, **3.00x**")
+    assert (cells[1], bool(cells[3])) == ("", draws)
